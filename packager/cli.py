@@ -1,0 +1,316 @@
+"""The `packager` command: arguments in, text or JSON out. It decides nothing; heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager import __version__
+from packager.errors import PackagerError
+
+if TYPE_CHECKING:
+    from packager.pipeline import Request
+    from packager.plan import LoadedMap
+    from packager.profile import DeviceProfile
+    from packager.scoring.score import ScoreSettings
+
+_INTERRUPTED = 130
+_CHECK_FAILED = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line. Returns its exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 infeasible budget."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.verb(arguments))
+    except PackagerError as error:
+        if getattr(arguments, "json", False):
+            detail = {key: value for key, value in vars(error).items() if isinstance(value, int)}
+            print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
+        print(f"packager: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("packager: interrupted; nothing was left under a final name, and 'packager score' resumes where it was", file=sys.stderr)
+        return _INTERRUPTED
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"packager: {error.strerror or error}{where}: free some space or choose another folder; nothing was left half-written", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="packager",
+        description="Pack a language model for a device: one score map, any size, a validated ONNX bundle.",
+        epilog="exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 the budget is infeasible",
+    )
+    parser.add_argument("--version", action="version", version=f"packager {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    pack = _verb(
+        verbs,
+        "pack",
+        _pack,
+        "score, plan, build and validate in one go",
+        "packager pack demo --profile edge-box-256mb -o box.bundle\n  packager pack ./SmolLM2-135M --profile raspberry-pi-5-8gb --budget 300MiB --context 2048 -o pi.bundle",
+    )
+    pack.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, a .gguf file, or 'demo'")
+    _target(pack)
+    _scoring(pack)
+    pack.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    pack.add_argument("--map", type=Path, metavar="MAP", help="where the score map is kept or found (default: MODEL.map beside the bundle)")
+    _writing(pack)
+
+    score = _verb(verbs, "score", _score, "compute the score map of a model, once", "packager score ./SmolLM2-135M -o smol.map --calibration my-text.txt")
+    score.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, a .gguf file, or 'demo'")
+    score.add_argument("-o", "--output", type=Path, required=True, metavar="MAP", help="folder to write")
+    _scoring(score)
+    score.add_argument("--force", action="store_true", help="replace an existing map")
+
+    plan = _verb(
+        verbs,
+        "plan",
+        _plan,
+        "choose the largest model that fits; needs no model and no runtime",
+        "packager plan smol.map --profile edge-box-256mb\n  packager plan smol.map --profile laptop-16gb --budget 10% --json",
+    )
+    plan.add_argument("map", type=Path, metavar="MAP")
+    _target(plan)
+    plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write plan.json here")
+
+    build = _verb(verbs, "build", _build, "build a bundle from a score map", "packager build smol.map --profile edge-box-256mb -o box.bundle")
+    build.add_argument("map", type=Path, metavar="MAP")
+    _target(build)
+    build.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    _writing(build)
+
+    validate = _verb(verbs, "validate", _validate, "check a bundle on this machine's runtime", "packager validate box.bundle --json")
+    validate.add_argument("bundle", type=Path, metavar="BUNDLE")
+
+    run = _verb(verbs, "run", _run, "generate text with a bundle", 'packager run box.bundle --prompt "What is a solver?"')
+    run.add_argument("bundle", type=Path, metavar="BUNDLE")
+    run.add_argument("--prompt", required=True, metavar="TEXT")
+    run.add_argument("--tokens", type=int, default=128, metavar="N", help="at most this many new tokens (default: 128)")
+    run.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+
+    inspect = _verb(verbs, "inspect", _inspect, "say what a map, plan or bundle holds", "packager inspect smol.map\n  packager inspect box.bundle --json")
+    inspect.add_argument("path", type=Path, metavar="PATH")
+
+    profiles = _verb(verbs, "profiles", _profiles, "list the device profiles, or show one", "packager profiles\n  packager profiles show edge-box-256mb")
+    profiles.add_argument("action", nargs="?", choices=["show"], help="show one profile")
+    profiles.add_argument("name", nargs="?", metavar="NAME", help="a profile's name or a TOML file")
+    return parser
+
+
+def _verb(verbs: Any, name: str, function: Any, text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text, epilog=f"examples:\n  {examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(verb=function)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return parser
+
+
+def _target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", required=True, metavar="P", help="a device profile's name or a TOML file")
+    parser.add_argument("--budget", metavar="SIZE", help="memory for the whole process: bytes, 1.5GiB, or 60%% of the device's (default: the profile's)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens the bundle is bounded to, prompt and answer together (default: the profile's)")
+
+
+def _scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="text to calibrate on: .txt, .jsonl (field 'text') or .parquet; may be repeated",
+    )
+    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="calibration tokens (default: 32768)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and options: a rougher map in a fraction of the time")
+    parser.add_argument("--device", default="cpu", metavar="D", help="torch device to score on: cpu or cuda (default: cpu)")
+
+
+def _writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-validate", action="store_true", help="skip validation on the runtime")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from packager.pipeline import pack
+
+    request = _request(arguments)
+    with _progress() as progress:
+        built = pack(
+            arguments.model,
+            request,
+            arguments.output,
+            calibration_paths=arguments.calibration,
+            settings=_settings(arguments, request.profile.provider),
+            device=arguments.device,
+            validate=not arguments.no_validate,
+            force=arguments.force,
+            progress=progress,
+            cache=arguments.map,
+        )
+    return _show_built(arguments, built)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from packager.checkpoint import open_checkpoint
+    from packager.scoring.score import score_model
+
+    with _progress() as progress:
+        result = score_model(
+            open_checkpoint(arguments.model),
+            arguments.output,
+            _settings(arguments, "cpu"),
+            calibration_paths=arguments.calibration,
+            device=arguments.device,
+            force=arguments.force,
+            progress=progress,
+        )
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    identity = result["identity"]
+    print(f"score map of {identity['model']['name']} written to {arguments.output}")
+    print(
+        f"calibrated on {identity['calibration']['text']}: {identity['calibration']['tokens']} tokens; held-out loss {identity['losses']['heldout_nats']:.4f} nats per token"
+    )
+    for phase, seconds in result["seconds"].items():
+        print(f"  {phase:24} {seconds:8.1f} s")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from packager import text
+    from packager.files import dump_json, write_text
+
+    loaded = _load(arguments.map)
+    plan = _request(arguments).plan(loaded)
+    if arguments.output:
+        write_text(arguments.output, dump_json(plan.to_dict()))
+    print(dump_json(plan.to_dict()) if arguments.json else text.plan_text(plan))
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from packager.pipeline import build
+
+    loaded = _load(arguments.map)
+    with _progress() as progress:
+        built = build(loaded, _request(arguments), arguments.output, validate=not arguments.no_validate, force=arguments.force, progress=progress)
+    return _show_built(arguments, built)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from packager import text
+    from packager.bundle import open_bundle
+    from packager.files import dump_json
+    from packager.report import write_report
+    from packager.validate import validate_bundle
+
+    manifest = open_bundle(arguments.bundle)
+    with _progress() as progress:
+        report = validate_bundle(arguments.bundle, manifest, progress=progress)
+    write_report(report, arguments.bundle)
+    print(dump_json(report.to_dict()) if arguments.json else text.report_text(report))
+    return 0 if report.passed else _CHECK_FAILED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from packager.bundle import open_bundle
+    from packager.runtime import generate
+
+    open_bundle(arguments.bundle)
+    pieces = generate(arguments.bundle, arguments.prompt, most_tokens=arguments.tokens, chat=not arguments.raw)
+    if arguments.json:
+        print(json.dumps({"prompt": arguments.prompt, "text": "".join(pieces)}, ensure_ascii=False))
+        return 0
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from packager import text
+    from packager.files import dump_json
+
+    described = text.describe(arguments.path)
+    print(dump_json(described) if arguments.json else text.description_text(described))
+    return 0
+
+
+def _profiles(arguments: argparse.Namespace) -> int:
+    from packager import text
+    from packager.errors import UsageError
+    from packager.files import dump_json
+    from packager.profile import load_profile, shipped_profiles
+
+    if arguments.action == "show":
+        if not arguments.name:
+            raise UsageError("profiles show: which one? 'packager profiles' lists them")
+        profile = load_profile(arguments.name)
+        print(dump_json(text.profile_dict(profile)) if arguments.json else profile.toml.rstrip())
+        return 0
+    known = [load_profile(name) for name in shipped_profiles()]
+    print(dump_json({"profiles": [text.profile_dict(profile) for profile in known]}) if arguments.json else text.profiles_text(known))
+    return 0
+
+
+def _show_built(arguments: argparse.Namespace, built: Any) -> int:
+    from packager import text
+    from packager.files import dump_json
+
+    if arguments.json:
+        report = built.report.to_dict() if built.report else None
+        print(dump_json({"bundle": str(arguments.output), "plan": built.plan.to_dict(), "report": report}))
+    else:
+        print(text.plan_text(built.plan))
+        if built.report:
+            print(text.report_text(built.report))
+        print(f"bundle: {arguments.output}")
+    return 0 if built.report is None or built.report.passed else _CHECK_FAILED
+
+
+def _load(path: Path) -> LoadedMap:
+    from packager.plan import load_map
+
+    return load_map(path)
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    from packager.pipeline import Request
+    from packager.profile import load_profile
+
+    profile = load_profile(arguments.profile)
+    return Request(profile=profile, budget_bytes=_budget(arguments.budget, profile), context_tokens=arguments.context)
+
+
+def _budget(text: str | None, profile: DeviceProfile) -> int | None:
+    from packager.sizes import parse_size
+
+    return None if text is None else parse_size(text, of_bytes=profile.memory_bytes)
+
+
+def _settings(arguments: argparse.Namespace, provider: str) -> ScoreSettings:
+    from packager.scoring.score import QUICK_TOKENS, ScoreSettings
+
+    tokens = min(arguments.tokens, QUICK_TOKENS) if arguments.quick else arguments.tokens
+    return ScoreSettings(tokens=tokens, seed=arguments.seed, quick=arguments.quick, provider=provider)
+
+
+def _progress() -> Any:
+    from packager.bars import Bars
+
+    return Bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Every exception the package raises on purpose.
+
+PackagerError                   anything a user can act on; the command line prints it as one line
+├── UsageError                  a value on the command line cannot be understood (exit 2)
+├── ProfileError                a device profile is unknown, malformed or inconsistent
+├── ArtifactError               a map, plan or bundle on disk is missing, damaged or of another version
+├── ModelError                  a source model cannot be read (missing, pickled, truncated, not finite)
+│   └── UnsupportedModelError   the architecture or a tensor has no place in the exported graph
+├── CalibrationError            the calibration text is missing, empty or too short
+├── InfeasibleBudgetError       nothing the map offers fits (exit 4)
+├── ExportError                 the graph could not be written or does not match the map
+└── RuntimeCheckError           the runtime refused to load or run what was built
+"""
+
+from __future__ import annotations
+
+
+class PackagerError(Exception):
+    """Base of the tree. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(PackagerError):
+    """A command line value that cannot be understood."""
+
+    exit_code = 2
+
+
+class ProfileError(PackagerError):
+    """A device profile is unknown, malformed or inconsistent."""
+
+
+class ArtifactError(PackagerError):
+    """A map, plan or bundle on disk is missing, damaged or of another schema version."""
+
+
+class ModelError(PackagerError):
+    """A source model cannot be read."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture, or one tensor of it, has no place in the exported graph."""
+
+
+class CalibrationError(PackagerError):
+    """The calibration text is missing, empty or too short."""
+
+
+class ExportError(PackagerError):
+    """The graph could not be written or does not match the map."""
+
+
+class RuntimeCheckError(PackagerError):
+    """The runtime refused to load or run what was built."""
+
+
+class InfeasibleBudgetError(PackagerError):
+    """Even the smallest model the map offers needs more memory than the budget."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.minimum_bytes = minimum_bytes

@@ -1,0 +1,120 @@
+"""The forms a weight matrix can be stored in, and exactly how many bytes each takes.
+
+A form is what the runtime's kernels accept: float, blocks of 2, 4 or 8 bits with one float32 scale each
+(`MatMulNBits`, `GatherBlockQuantized`), or two low-rank factors stored in blocks.
+
+Shapes: a matrix W has `rows` = N outputs and `cols` = K inputs, y = W x. Blocks run along K.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from packager.errors import ArtifactError
+
+BITS = (2, 4, 8)
+BLOCKS = (16, 32, 64, 128, 256)
+_FLOATS = {"f32": ("float32", 4), "f16": ("float16", 2)}
+_BLOCKS_LABEL = re.compile(r"q([248])g(16|32|64|128|256)(z?)")
+_LOWRANK_LABEL = re.compile(r"r([1-9][0-9]*)\.(q[248]g(?:16|32|64|128|256)z?)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One stored tensor: `dtype` as numpy spells it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * {"uint8": 1, "float16": 2, "float32": 4}[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FloatForm:
+    """The matrix itself. `label` is "f32" or "f16"."""
+
+    label: str
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """`weight` of shape (rows, cols)."""
+        return {"weight": TensorSpec(dtype=_FLOATS[self.label][0], shape=(rows, cols))}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockForm:
+    """Codes of `bits` bits in blocks of `block` along K, a float32 scale for each block.
+
+    With `zeros` each block also has a zero point of `bits` bits; without, it is 2^(bits-1).
+    Value = (code - zero point) * scale. K is padded up to whole blocks.
+    """
+
+    bits: int
+    block: int
+    zeros: bool
+
+    @property
+    def label(self) -> str:
+        return f"q{self.bits}g{self.block}{'z' if self.zeros else ''}"
+
+    def blocks(self, cols: int) -> int:
+        """Blocks in a row of `cols` elements."""
+        return -(-cols // self.block)
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """`codes` (rows, blocks, block·bits/8), `scales` (rows, blocks), and `zeros` (rows, ⌈blocks·bits/8⌉)."""
+        blocks = self.blocks(cols)
+        specs = {
+            "codes": TensorSpec(dtype="uint8", shape=(rows, blocks, self.block * self.bits // 8)),
+            "scales": TensorSpec(dtype="float32", shape=(rows, blocks)),
+        }
+        if self.zeros:
+            specs["zeros"] = TensorSpec(dtype="uint8", shape=(rows, -(-blocks * self.bits // 8)))
+        return specs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRankForm:
+    """W ≈ up · down with up (rows, rank) and down (rank, cols), both stored in `factors`' blocks."""
+
+    rank: int
+    factors: BlockForm
+
+    @property
+    def label(self) -> str:
+        return f"r{self.rank}.{self.factors.label}"
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """The tensors of both factors, named `down.…` and `up.…`."""
+        down = self.factors.tensors(self.rank, cols)
+        up = self.factors.tensors(rows, self.rank)
+        return {f"down.{name}": spec for name, spec in down.items()} | {f"up.{name}": spec for name, spec in up.items()}
+
+
+Form = FloatForm | BlockForm | LowRankForm
+
+
+def parse_form(label: str) -> Form:
+    """The form a label names: "f32", "f16", "q4g64", "q2g32z", "r64.q8g32"."""
+    if label in _FLOATS:
+        return FloatForm(label=label)
+    if match := _BLOCKS_LABEL.fullmatch(label):
+        return BlockForm(bits=int(match.group(1)), block=int(match.group(2)), zeros=bool(match.group(3)))
+    if match := _LOWRANK_LABEL.fullmatch(label):
+        factors = parse_form(match.group(2))
+        assert isinstance(factors, BlockForm)
+        rank = int(match.group(1))
+        if rank % factors.block:
+            raise ArtifactError(f"form {label!r}: rank {rank} is not a multiple of block {factors.block}")
+        return LowRankForm(rank=rank, factors=factors)
+    raise ArtifactError(f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z] or r<rank>.q<bits>g<block>[z]")
+
+
+def form_bytes(form: Form, rows: int, cols: int) -> int:
+    """Bytes of all tensors of a (rows, cols) matrix in `form`, as they lie in the file."""
+    return sum(spec.bytes for spec in form.tensors(rows, cols).values())

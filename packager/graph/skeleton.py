@@ -1,0 +1,184 @@
+"""The exporter's graph without its weights.
+
+`onnxruntime_genai.models.builder` knows how each architecture becomes a fused, accelerator-specific decoder. It is
+given a model whose matrices lie on torch's `meta` device (shapes, no memory) and whose vectors are real; its graph
+is kept and the matrices become graph inputs, to be replaced by `graph.surgery`. This file is the only one that
+knows the exporter; it is pinned to 0.18 in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from packager.errors import ExportError, UnsupportedModelError
+from packager.files import write_text
+from packager.graph.layout import EMBEDDING, MATRIX_SUFFIX
+
+GRAPH_FILE = "graph.onnx"
+GENAI_FILE = "genai_config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """A weight of the graph that awaits its bytes: W of shape (rows, cols), whichever way the graph holds it."""
+
+    name: str
+    rows: int
+    cols: int
+
+
+def meta_model(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """The architecture of `config` with `vectors` (one-dimensional parameters by name) real and the rest on `meta`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.dim() == 1:
+            if name not in vectors:
+                raise UnsupportedModelError(f"the checkpoint has no {name}, which {type(model).__name__} needs")
+            owner, _, attribute = name.rpartition(".")
+            real = torch.nn.Parameter(vectors[name].to(torch.float32), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, real)
+    return model
+
+
+def export_skeleton(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor], provider: str, out: Path) -> tuple[list[Matrix], int]:
+    """Write the weightless graph for execution provider `provider` and its genai_config.json into folder `out`.
+
+    Returns the matrices that surgery has to supply, in the graph's order, and the number of nodes. Raises UnsupportedModelError when the
+    exporter does not know the architecture.
+    """
+    architecture = (config.architectures or ["(none)"])[0]
+    builder, base = _exporter()
+    captured: list[ir.Model] = []
+    working = _flattened_rope(config)
+    model = meta_model(config, vectors)
+    with tempfile.TemporaryDirectory() as scratch:
+        # The exporter reads generation settings from the folder the config says it came from.
+        working._name_or_path = scratch
+        if (source := getattr(config, "_generation_settings", None)) is not None:
+            Path(scratch, "generation_config.json").write_text(json.dumps(source))
+        seams = {
+            "load_weights": lambda self, path: model,
+            "save_model": lambda self, folder: captured.append(self.model),
+            "save_processing": lambda self, name, kwargs, folder: None,
+        }
+        with _patched(base, seams), _quiet() as log:
+            try:
+                builder.create_model(
+                    architecture,
+                    "",
+                    scratch,
+                    "fp32" if provider == "cpu" else "fp16",
+                    provider,
+                    scratch,
+                    hf_details={"extra_kwargs": {}, "hf_name": scratch, "hf_config": working},
+                    prune_lm_head=True,
+                    fuse_qkv=False,
+                    hf_token=False,
+                )
+            except NotImplementedError:
+                raise UnsupportedModelError(
+                    f"architecture {architecture} is not one the exporter knows: expected a decoder such as "
+                    "LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM or Phi3ForCausalLM"
+                ) from None
+            except Exception as error:
+                raise ExportError(f"the exporter failed on {architecture} ({type(error).__name__}: {error}); it said: {log.getvalue()[-300:]}") from error
+        genai = json.loads(Path(scratch, GENAI_FILE).read_text())
+    graph_model = captured[0]
+    _fix_cache_width(graph_model, int(genai["model"]["decoder"]["head_size"]))
+    matrices = _detach_matrices(graph_model)
+    out.mkdir(parents=True, exist_ok=True)
+    graph_model.graph.sort()
+    ir.save(graph_model, out / GRAPH_FILE)
+    write_text(out / GENAI_FILE, json.dumps(genai, indent=2, sort_keys=True))
+    return matrices, len(graph_model.graph)
+
+
+def _exporter() -> tuple[Any, Any]:
+    """The exporter's `builder` module and its base `Model` class.
+
+    Its modules import each other as scripts: the package puts its folder on sys.path, where `builder` and
+    `builders` are top-level names. The class is patched where it is defined.
+    """
+    with _quiet():
+        models = importlib.import_module("onnxruntime_genai.models")
+        folder = str(Path(models.__path__[0]))
+        if folder not in sys.path:
+            sys.path.append(folder)
+        return importlib.import_module("builder"), importlib.import_module("builders.base").Model
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, replacements: Mapping[str, Any]) -> Iterator[None]:
+    saved = {name: getattr(owner, name) for name in replacements}
+    for name, value in replacements.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """The exporter prints its progress; it is kept for error messages instead."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield log
+
+
+def _flattened_rope(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy whose rotary settings the exporter can read.
+
+    transformers 5 nests `rope_parameters` by kind of layer for models such as Gemma 3; the exporter expects one flat
+    dict and, for the sliding layers, `rope_local_base_freq`.
+    """
+    copy = config.__class__.from_dict(config.to_dict())
+    rope = getattr(copy, "rope_parameters", None)
+    if isinstance(rope, dict) and "full_attention" in rope:
+        copy.rope_parameters = dict(rope["full_attention"])
+        sliding = rope.get("sliding_attention") or {}
+        copy.rope_local_base_freq = sliding.get("rope_theta", 10_000.0)
+    return copy
+
+
+def _fix_cache_width(model: ir.Model, head_size: int) -> None:
+    """Give the caches' symbolic last dimension its number: other loaders need it."""
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None and len(value.shape) == 4 and not isinstance(value.shape[3], int):
+            value.shape = ir.Shape([*list(value.shape)[:3], head_size])
+
+
+def _detach_matrices(model: ir.Model) -> list[Matrix]:
+    """Turn every weight matrix into a graph input, so that the graph is valid and weightless."""
+    graph = model.graph
+    matrices = []
+    for name, value in list(graph.initializers.items()):
+        shape = value.shape
+        if shape is None or len(shape) != 2 or not (name.endswith(MATRIX_SUFFIX) or name == f"{EMBEDDING}.weight"):
+            if isinstance(value.const_value, ir.LazyTensor) and value.const_value is not None:
+                value.const_value = ir.Tensor(value.const_value.numpy(), name=name)
+            continue
+        first, second = int(shape[0]), int(shape[1])
+        if name.endswith(MATRIX_SUFFIX):
+            matrices.append(Matrix(name=name.removesuffix(MATRIX_SUFFIX), rows=second, cols=first))
+        else:
+            matrices.append(Matrix(name=EMBEDDING, rows=first, cols=second))
+        graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    return matrices

@@ -1,0 +1,141 @@
+"""A child process under a hard memory limit, where the system offers one.
+
+cgroup v2, cgroup v1, or a systemd user scope, in this order; without any the run is free and the result says "not
+enforced". RLIMIT_AS is no substitute: address space is not memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitedRun:
+    """How a child ended. `enforced` names the mechanism, or is None; `last_phase` is the last it announced."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    enforced: str | None
+    killed: bool
+    last_phase: str
+
+    @property
+    def tail(self) -> str:
+        """The last line the child wrote to stderr that is not an announcement."""
+        lines = [line for line in self.stderr.splitlines() if line.strip() and not line.startswith("phase: ")]
+        return lines[-1][:300] if lines else ""
+
+
+def run_limited(command: Sequence[str], limit_bytes: int | None, *, timeout_seconds: float = 1800) -> LimitedRun:
+    """Run `command` with at most `limit_bytes` of memory, swap included (None: no limit).
+
+    The child announces its phases on stderr as "phase: NAME" lines.
+    """
+    with _group(limit_bytes) as (prefix, enter, mechanism):
+        try:
+            done = subprocess.run([*prefix, *command], capture_output=True, text=True, preexec_fn=enter, timeout=timeout_seconds, check=False)
+            code, out, err = done.returncode, done.stdout, done.stderr
+        except subprocess.TimeoutExpired as expired:
+            code = -signal.SIGKILL
+            out, err = (
+                (stream or b"").decode(errors="replace") if isinstance(stream, bytes) else (stream or "") for stream in (expired.stdout, expired.stderr)
+            )
+    phases = [line.removeprefix("phase: ") for line in err.splitlines() if line.startswith("phase: ")]
+    killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    return LimitedRun(returncode=code, stdout=out, stderr=err, enforced=mechanism, killed=killed, last_phase=phases[-1] if phases else "start")
+
+
+@contextlib.contextmanager
+def _group(limit_bytes: int | None) -> Iterator[tuple[list[str], object, str | None]]:
+    """(command prefix, what the child calls before it becomes the command, mechanism) for one limited run."""
+    if limit_bytes is None:
+        yield [], None, None
+        return
+    for make in (_cgroup_v2, _cgroup_v1):
+        folder = make(limit_bytes)
+        if folder is not None:
+            try:
+                yield [], _enterer(folder), {"_cgroup_v2": "cgroup v2", "_cgroup_v1": "cgroup v1"}[make.__name__]
+            finally:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            return
+    if _systemd_works():
+        yield ["systemd-run", "--user", "--scope", "--quiet", "-p", f"MemoryMax={limit_bytes}", "-p", "MemorySwapMax=0"], None, "systemd scope"
+        return
+    yield [], None, None
+
+
+def _enterer(folder: Path) -> object:
+    def enter() -> None:
+        (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    return enter
+
+
+def _own_path(controller: str) -> str | None:
+    """This process's group under `controller` ("" for v2), from /proc/self/cgroup."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path.lstrip("/")
+    return None
+
+
+def _cgroup_v2(limit_bytes: int) -> Path | None:
+    own = _own_path("")
+    if own is None or not (_ROOT / "cgroup.controllers").is_file():
+        return None
+    for parent in (_ROOT / own, (_ROOT / own).parent):
+        folder = _make_group(parent, {"memory.max": str(limit_bytes), "memory.swap.max": "0"}, needed="memory.max")
+        if folder is not None:
+            return folder
+    return None
+
+
+def _cgroup_v1(limit_bytes: int) -> Path | None:
+    own = _own_path("memory")
+    if own is None:
+        return None
+    # The second file includes swap; kernels without swap accounting lack it.
+    return _make_group(
+        _ROOT / "memory" / own, {"memory.limit_in_bytes": str(limit_bytes), "memory.memsw.limit_in_bytes": str(limit_bytes)}, needed="memory.limit_in_bytes"
+    )
+
+
+def _make_group(parent: Path, settings: dict[str, str], *, needed: str) -> Path | None:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="packager-", dir=parent))
+    except OSError:
+        return None
+    for name, value in settings.items():
+        try:
+            (folder / name).write_text(value)
+        except OSError:
+            if name == needed:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+                return None
+    return folder
+
+
+def _systemd_works() -> bool:
+    if shutil.which("systemd-run") is None:
+        return False
+    probe = ["systemd-run", "--user", "--scope", "--quiet", "-p", "MemoryMax=1G", "true"]
+    return subprocess.run(probe, capture_output=True, check=False, timeout=10).returncode == 0

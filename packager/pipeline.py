@@ -1,0 +1,169 @@
+"""The whole way: score if needed, plan, build, validate, tighten, repeat.
+
+When the measured peak exceeds the budget, or leaves much of a binding budget unused, the difference is given to the
+solver and the bundle is built again: cheap, for a build is a copy.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.bundle import write_contents, write_manifest
+from packager.files import published_folder, refuse_existing
+from packager.plan import LoadedMap, Plan, load_map, make_plan
+from packager.profile import DeviceProfile
+from packager.progress import Progress
+from packager.report import ValidationReport, write_report
+
+if TYPE_CHECKING:
+    from packager.scoring.score import ScoreSettings
+
+_ROUNDS = 3
+_MARGIN_BYTES = 1 << 20
+_UNUSED_SHARE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to build for: a profile, with budget and context overridden where given."""
+
+    profile: DeviceProfile
+    budget_bytes: int | None = None
+    context_tokens: int | None = None
+
+    def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
+        """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
+        return make_plan(loaded, self.profile, budget_bytes=self.budget_bytes, context_tokens=self.context_tokens, reserve_bytes=reserve_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """What a build came to. `report` is None when validation was skipped."""
+
+    plan: Plan
+    manifest: dict[str, Any]
+    report: ValidationReport | None
+
+
+def build(loaded: LoadedMap, request: Request, out: Path, *, validate: bool, force: bool, progress: Progress) -> Built:
+    """Write the bundle for `request` to folder `out`, validated on the runtime unless told otherwise.
+
+    A bundle whose checks fail is published too, with a report that says so: it is for the caller to refuse it.
+    """
+    refuse_existing(out, force=force)
+    plan = request.plan(loaded)
+    if not validate:
+        with published_folder(out, force=force) as staging:
+            progress.phase("writing the bundle", 1)
+            write_contents(loaded, plan, request.profile, staging)
+            manifest = write_manifest(staging, loaded, plan, measured=None)
+            progress.advance()
+        return Built(plan=plan, manifest=manifest, report=None)
+    with published_folder(out, force=force) as staging:
+        return _validated(loaded, request, plan, staging, progress)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """One build of the closed loop: its plan, what it kept free beside the prediction, and the peak it measured."""
+
+    plan: Plan
+    reserve_bytes: int
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "file_bytes": self.plan.file_bytes,
+            "loss_nats": self.plan.loss_nats,
+            "predicted_bytes": self.plan.peak_bytes,
+            "measured_bytes": self.peak_bytes,
+            "reserve_bytes": self.reserve_bytes,
+        }
+
+
+def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress) -> Built:
+    from packager.validate import golden_file, require_supported, validate_bundle
+
+    require_supported(request.profile.provider)
+    rounds = _closed_loop(loaded, request, plan, staging, progress)
+    chosen = max((item for item in rounds if item.peak_bytes <= plan.budget_bytes), key=lambda item: item.plan.file_bytes, default=rounds[-1])
+    if chosen is not rounds[-1]:
+        _stage(loaded, chosen.plan, request.profile, staging, progress)
+    plan = chosen.plan
+    progress.phase("golden outputs in torch", 1)
+    golden_file(staging, write_manifest(staging, loaded, plan, measured=None))
+    progress.advance()
+    manifest = write_manifest(staging, loaded, plan, measured=None)
+    report = validate_bundle(staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds])
+    manifest = write_manifest(staging, loaded, plan, measured=report.measured)
+    write_report(report, staging)
+    return Built(plan=plan, manifest=manifest, report=report)
+
+
+def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress) -> list[_Round]:
+    """Build and measure until the peak fits and the budget is used, three times at most; the last round lies staged."""
+    from packager.validate import measure_device
+
+    rounds: list[_Round] = []
+    reserve: int | None = 0
+    while reserve is not None and len(rounds) < _ROUNDS:
+        if rounds:
+            plan = request.plan(loaded, reserve)
+            if plan.choices == rounds[-1].plan.choices:
+                break
+        _stage(loaded, plan, request.profile, staging, progress)
+        progress.phase(f"measuring its memory (round {len(rounds) + 1})", 1)
+        document, _ = measure_device(staging, None)
+        progress.advance()
+        # A run that failed has no peak: validation will say why.
+        peak = int(document["memory"].get("peak_bytes", 0)) if document else 0
+        rounds.append(_Round(plan=plan, reserve_bytes=reserve, peak_bytes=peak))
+        reserve = _next_reserve(rounds[-1]) if peak else None
+    return rounds
+
+
+def _next_reserve(last: _Round) -> int | None:
+    """What to keep free beside the prediction in the next round, or None when this one will do."""
+    over = last.peak_bytes - last.plan.budget_bytes
+    binding = last.plan.prefix > 0
+    if over > 0 or (binding and -over > _UNUSED_SHARE * last.plan.budget_bytes):
+        return last.peak_bytes - last.plan.peak_bytes + _MARGIN_BYTES
+    return None
+
+
+def _stage(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress) -> None:
+    progress.phase("writing the bundle", 1)
+    for path in staging.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_contents(loaded, plan, profile, staging)
+    write_manifest(staging, loaded, plan, measured=None)
+    progress.advance()
+
+
+def pack(
+    source: str,
+    request: Request,
+    out: Path,
+    *,
+    calibration_paths: Sequence[Path],
+    settings: ScoreSettings,
+    device: str,
+    validate: bool,
+    force: bool,
+    progress: Progress,
+    cache: Path | None = None,
+) -> Built:
+    """From a model to a bundle: score it unless the map lies beside the bundle already, then build."""
+    from packager.checkpoint import open_checkpoint
+    from packager.scoring.score import map_matches, score_model
+
+    refuse_existing(out, force=force)
+    checkpoint = open_checkpoint(source)
+    folder = cache or out.parent / f"{checkpoint.name}.map"
+    if not map_matches(folder, checkpoint, settings, calibration_paths):
+        score_model(checkpoint, folder, settings, calibration_paths=calibration_paths, device=device, force=folder.exists(), progress=progress)
+    return build(load_map(folder), request, out, validate=validate, force=force, progress=progress)

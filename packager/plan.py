@@ -1,0 +1,216 @@
+"""A plan: the option of every unit for one device, with what it is predicted to weigh, cost and need.
+
+The same map, profile and budget give the same bytes of `plan.json`: it holds no clock and no path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
+from packager.files import read_json, sha256_file, sha256_json
+from packager.forms import Form, form_bytes, parse_form
+from packager.memory import Geometry, MemoryEstimate, Role, estimate, looked_up_bytes, resident_bytes
+from packager.profile import DeviceProfile
+from packager.scoremap import IDENTITY_FILE, ScoreMap, Unit, form_bits, read_identity, read_map, restricted, reweighed
+from packager.sizes import format_size
+from packager.solver import Solution, choice_at, solve, total_bytes, total_loss
+
+SCHEMA = 1
+PLAN_FILE = "plan.json"
+PROMPT_RESERVE = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What to build. `choices` maps unit name → form label; bytes and nats as their names say.
+
+    `ratio` is file bytes over the bytes of the float16 model. `memory` is the predicted peak, item by item.
+    """
+
+    schema: int
+    map_sha256: str
+    profile: str
+    profile_sha256: str
+    budget_bytes: int
+    context_tokens: int
+    prompt_tokens: int
+    choices: dict[str, str]
+    prefix: int
+    moves: int
+    file_bytes: int
+    ratio: float
+    loss_nats: float
+    peak_bytes: int
+    memory: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `plan.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> Plan:
+        """The plan in `data`, read from `where`; unknown and missing keys are errors."""
+        known = set(cls.__dataclass_fields__)
+        if data.get("schema") != SCHEMA:
+            raise ArtifactError(f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: plan again")
+        if set(data) != known:
+            odd = sorted(set(data) ^ known)[0]
+            raise ArtifactError(f"{where}: key {odd!r} is {'unknown' if odd in data else 'missing'}: plan again")
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedMap:
+    """A score map with its identity, and where it lies."""
+
+    folder: Path
+    scoremap: ScoreMap
+    identity: dict[str, Any]
+    geometry: Geometry
+
+    @property
+    def sha256(self) -> str:
+        return sha256_file(self.folder / IDENTITY_FILE)
+
+
+def load_map(folder: Path) -> LoadedMap:
+    """Open a `.map` folder for planning: the score map and `map.json`, checked; the store is not touched."""
+    scoremap = read_map(folder)
+    identity = read_identity(folder)
+    try:
+        geometry = Geometry(**identity["geometry"])
+    except TypeError as error:
+        raise ArtifactError(f"{folder / IDENTITY_FILE}: geometry does not match this version ({error}): score the model again") from None
+    return LoadedMap(folder=folder, scoremap=scoremap, identity=identity, geometry=geometry)
+
+
+def profile_hash(profile: DeviceProfile) -> str:
+    """Hash of everything a profile says."""
+    return sha256_json(asdict(profile))
+
+
+def role_of(unit: Unit) -> Role:
+    """The unit's role in the memory model."""
+    role: Role = unit.kind  # type: ignore[assignment]
+    return role
+
+
+def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | None = None, context_tokens: int | None = None, reserve_bytes: int = 0) -> Plan:
+    """The largest model of `loaded` whose predicted peak, plus `reserve_bytes`, fits the budget on this device.
+
+    Raises InfeasibleBudgetError with the minimum, item by item, when even the smallest does not fit; UsageError for a
+    context longer than the model's or a budget above the device's memory.
+    """
+    budget = profile.budget_bytes if budget_bytes is None else budget_bytes
+    context = bounded_context(loaded, profile, context_tokens)
+    if budget > profile.memory_bytes:
+        raise UsageError(f"budget {format_size(budget)} is more than the {format_size(profile.memory_bytes)} that {profile.name} has")
+
+    def weigh(unit: Unit, form: Form) -> int:
+        return resident_bytes(form, unit.rows, unit.cols, role=role_of(unit), coefficients=profile.coefficients, context_tokens=context)
+
+    def runs(unit: Unit, form: Form) -> bool:
+        bits = form_bits(form)
+        return bits is None or bits in profile.bits
+
+    view = reweighed(restricted(loaded.scoremap, runs), weigh)
+
+    def needed(choice: Sequence[int]) -> MemoryEstimate:
+        return _estimate(loaded.geometry, view, choice, profile, context)
+
+    solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes <= budget)
+    if solution is None:
+        smallest = needed(choice_at(view, len(view.moves)))
+        raise _infeasible(smallest, profile, budget, context, reserve_bytes)
+    return _plan(loaded, view, solution, needed(solution.choice), profile, budget, context)
+
+
+def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
+    """The best model of at most `weight_bytes` bytes of weights in the file, whatever memory it needs."""
+    solution = solve(loaded.scoremap, lambda choice: total_bytes(loaded.scoremap, choice) <= weight_bytes)
+    context = bounded_context(loaded, profile, None)
+    if solution is None:
+        minimum = sum(chain[-1].bytes for chain in loaded.scoremap.options)
+        raise InfeasibleBudgetError(
+            f"the smallest model of this map has {format_size(minimum)} of weights, more than {format_size(weight_bytes)}",
+            budget_bytes=weight_bytes,
+            minimum_bytes=minimum,
+        )
+    memory = _estimate(loaded.geometry, loaded.scoremap, solution.choice, profile, context)
+    return _plan(loaded, loaded.scoremap, solution, memory, profile, memory.peak_bytes, context)
+
+
+def bounded_context(loaded: LoadedMap, profile: DeviceProfile, context_tokens: int | None) -> int:
+    """The context to build for: as asked, else the profile's, never more than the model was made for."""
+    longest = int(loaded.identity["model"]["max_context_tokens"])
+    if context_tokens is None:
+        return min(profile.context_tokens, longest)
+    if not PROMPT_RESERVE < context_tokens <= longest:
+        raise UsageError(f"context {context_tokens} tokens: expected more than {PROMPT_RESERVE} and at most {longest}, the model's own")
+    return context_tokens
+
+
+def _estimate(geometry: Geometry, scoremap: ScoreMap, choice: Sequence[int], profile: DeviceProfile, context: int) -> MemoryEstimate:
+    weights, looked_up, largest = 0, 0, 0
+    for unit, chain, taken in zip(scoremap.units, scoremap.options, choice, strict=True):
+        form, role = chain[taken].form, role_of(unit)
+        weights += resident_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
+        looked_up += looked_up_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
+        if role != "embedding":
+            largest = max(largest, form_bytes(form, unit.rows, unit.cols))
+    return estimate(
+        geometry,
+        weights_bytes=weights,
+        looked_up_bytes=looked_up,
+        largest_unit_bytes=largest,
+        context_tokens=context,
+        prompt_tokens=context - PROMPT_RESERVE,
+        chunk_tokens=profile.chunk_tokens,
+        coefficients=profile.coefficients,
+    )
+
+
+def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryEstimate, profile: DeviceProfile, budget: int, context: int) -> Plan:
+    forms = [chain[taken].form for chain, taken in zip(view.options, solution.choice, strict=True)]
+    file_bytes = sum(form_bytes(form, unit.rows, unit.cols) for form, unit in zip(forms, view.units, strict=True))
+    return Plan(
+        schema=SCHEMA,
+        map_sha256=loaded.sha256,
+        profile=profile.name,
+        profile_sha256=profile_hash(profile),
+        budget_bytes=budget,
+        context_tokens=context,
+        prompt_tokens=context - PROMPT_RESERVE,
+        choices={unit.name: form.label for unit, form in zip(view.units, forms, strict=True)},
+        prefix=solution.prefix,
+        moves=len(view.moves),
+        file_bytes=file_bytes,
+        ratio=file_bytes / int(loaded.identity["model"]["float16_bytes"]),
+        loss_nats=total_loss(view, solution.choice),
+        peak_bytes=memory.peak_bytes,
+        memory=memory.to_dict(),
+    )
+
+
+def _infeasible(smallest: MemoryEstimate, profile: DeviceProfile, budget: int, context: int, reserve: int) -> InfeasibleBudgetError:
+    minimum = smallest.peak_bytes + reserve
+    items = ", ".join(f"{item.name} {format_size(item.bytes)}" for item in smallest.items)
+    message = (
+        f"{format_size(budget)} is too little: the smallest model of this map needs {format_size(minimum)} on {profile.name} at a context of "
+        f"{context} tokens, {format_size(minimum - budget)} more ({items}); raise --budget or shorten --context"
+    )
+    return InfeasibleBudgetError(message, budget_bytes=budget, minimum_bytes=minimum)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a `plan.json`."""
+    return Plan.from_dict(read_json(path), str(path))
+
+
+def form_of(plan: Plan, unit: Unit) -> Form:
+    """The form the plan chose for a unit."""
+    return parse_form(plan.choices[unit.name])

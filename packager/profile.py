@@ -1,0 +1,173 @@
+"""Device profiles: what a target device has, and what a bundle for it is bounded to. TOML in, one frozen type out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from packager.errors import ProfileError, UsageError
+from packager.sizes import parse_size
+
+PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryCoefficients:
+    """How this kind of device's runtime turns a model into resident memory; see packager.memory for the formula.
+
+    Every value is measured (docs/memory.md says how) on ONNX Runtime's CPU kernels of the architecture that
+    `measured_on` names.
+    """
+
+    measured_on: str = "x86-64 AVX512-VNNI, onnxruntime 1.31.1, onnxruntime-genai 0.18.0"
+    process_load_bytes: int = 61 * 2**20  # bytes: python, numpy, genai and an empty session while a model loads
+    process_bytes: int = 68 * 2**20  # bytes: the same once it has run, with the code that running has paged in
+    session_bytes_per_node: int = 12800  # bytes per node of the graph
+    packed_scale_copies: float = 2.0  # times the scales' bytes: in the packed weights, and the block sums beside them
+    tokenizer_live_bytes_per_entry: int = 108  # bytes per token or merge: the tables in use
+    tokenizer_freed_bytes_per_entry: int = 155  # bytes per token or merge: parsed and freed, still resident
+    tokenizer_file_bytes_per_entry: int = 36  # bytes of tokenizer.json per token or merge, as transformers indents it
+    reuse_ratio: float = 0.75  # share of the freed heap that the cache and the activations are put into
+    kv_element_bytes: int = 4  # bytes per cached key or value element
+    activation_copies: float = 5.0  # float rows of (hidden + intermediate) alive at once, per token of a chunk
+    logit_copies: float = 3.0  # float rows of the vocabulary
+    run_bytes: int = 3 * 2**20  # bytes per run, whatever its rows
+    fault_bytes: int = 64 * 2**10  # bytes that one page fault on the mapped weights maps
+    distinct_factor: float = 3.0  # f in f * n^e, the separate lookups of a text of n tokens
+    distinct_exponent: float = 0.65  # e in f * n^e
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceProfile:
+    """A target device. Bytes are bytes, `context_tokens` counts prompt and answer together, `toml` is the file's text."""
+
+    name: str
+    description: str
+    memory_bytes: int
+    budget_bytes: int
+    provider: str
+    bits: tuple[int, ...]
+    accuracy_level: int
+    context_tokens: int
+    chunk_tokens: int
+    threads: int
+    coefficients: MemoryCoefficients
+    toml: str
+
+
+def profile_folder() -> Path:
+    """Where the shipped profiles lie: inside an installed wheel, or beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "profiles"
+    return installed if installed.is_dir() else here.parent / "profiles"
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the shipped profiles, sorted."""
+    return sorted(path.stem for path in profile_folder().glob("*.toml"))
+
+
+def load_profile(name_or_path: str) -> DeviceProfile:
+    """A shipped profile by name, or any TOML file by path. ProfileError says what is wrong and where."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = profile_folder() / f"{name_or_path}.toml"
+        if "/" in name_or_path or not path.is_file():
+            known = shipped_profiles()
+            near = difflib.get_close_matches(name_or_path, known, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(near)}?" if near else f"shipped profiles: {', '.join(known)}"
+            raise ProfileError(f"profile {name_or_path!r} is unknown: {hint} A path to a .toml file works too.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be read: {error.strerror}") from error
+    return parse_profile(text, where=str(path), name=path.stem)
+
+
+def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
+    """The profile that TOML `text` describes; `where` names it in errors."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ProfileError(f"{where}: not valid TOML: {error}") from error
+    device = _section(table, "device", where, {"description", "memory", "budget", "threads"})
+    runtime = _section(table, "runtime", where, {"provider", "bits", "accuracy_level", "chunk_tokens"})
+    context = _section(table, "context", where, {"tokens"})
+    memory = _section(table, "memory", where, set(get_type_hints(MemoryCoefficients)), optional=True)
+    if unknown := set(table) - {"device", "runtime", "context", "memory"}:
+        raise ProfileError(f"{where}: unknown section [{sorted(unknown)[0]}]: expected [device], [runtime], [context], [memory]")
+    memory_bytes = _size(device, "memory", where, of_bytes=None)
+    profile = DeviceProfile(
+        name=name,
+        description=_typed(device, "description", str, where, default=""),
+        memory_bytes=memory_bytes,
+        budget_bytes=_size(device, "budget", where, of_bytes=memory_bytes),
+        provider=_typed(runtime, "provider", str, where, default="cpu"),
+        bits=tuple(_typed(runtime, "bits", list, where, default=[2, 4, 8])),
+        accuracy_level=_typed(runtime, "accuracy_level", int, where, default=4),
+        context_tokens=_typed(context, "tokens", int, where),
+        chunk_tokens=_typed(runtime, "chunk_tokens", int, where, default=128),
+        threads=_typed(device, "threads", int, where, default=0),
+        coefficients=_coefficients(memory, where),
+        toml=text,
+    )
+    _check(profile, where)
+    return profile
+
+
+def _check(profile: DeviceProfile, where: str) -> None:
+    if profile.budget_bytes > profile.memory_bytes:
+        raise ProfileError(f"{where}: device.budget {profile.budget_bytes} is more than device.memory {profile.memory_bytes}")
+    if profile.provider not in PROVIDERS:
+        raise ProfileError(f"{where}: runtime.provider {profile.provider!r}: expected one of {', '.join(PROVIDERS)}")
+    if not set(profile.bits) <= {2, 4, 8}:
+        raise ProfileError(f"{where}: runtime.bits {list(profile.bits)}: expected some of 2, 4, 8 (none: float only)")
+    if not 0 <= profile.accuracy_level <= 4:
+        raise ProfileError(f"{where}: runtime.accuracy_level {profile.accuracy_level}: expected 0 to 4")
+    for key, value, least in (("context.tokens", profile.context_tokens, 32), ("runtime.chunk_tokens", profile.chunk_tokens, 1)):
+        if value < least:
+            raise ProfileError(f"{where}: {key} {value}: expected at least {least}")
+
+
+def _section(table: dict[str, Any], key: str, where: str, known: set[str], *, optional: bool = False) -> dict[str, Any]:
+    section = table.get(key, {} if optional else None)
+    if not isinstance(section, dict):
+        raise ProfileError(f"{where}: section [{key}] is missing")
+    if unknown := sorted(set(section) - known):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ProfileError(f"{where}: unknown key {key}.{unknown[0]}" + (f": did you mean {near[0]}?" if near else f": expected {', '.join(sorted(known))}"))
+    return section
+
+
+def _typed(section: dict[str, Any], key: str, kind: type, where: str, *, default: Any = None) -> Any:
+    value = section.get(key, default)
+    if value is None:
+        raise ProfileError(f"{where}: key {key!r} is missing")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ProfileError(f"{where}: {key} is {value!r}: expected {kind.__name__}")
+    return value
+
+
+def _size(section: dict[str, Any], key: str, where: str, *, of_bytes: int | None) -> int:
+    text = _typed(section, key, str, where)
+    try:
+        return parse_size(text, of_bytes=of_bytes)
+    except UsageError as error:
+        raise ProfileError(f"{where}: device.{key}: {error}") from None
+
+
+def _coefficients(section: dict[str, Any], where: str) -> MemoryCoefficients:
+    values: dict[str, Any] = {}
+    for key, kind in get_type_hints(MemoryCoefficients).items():
+        if key in section:
+            value = section[key]
+            if kind is float and isinstance(value, int):
+                value = float(value)
+            if not isinstance(value, kind) or (kind is not str and value < 0):
+                raise ProfileError(f"{where}: memory.{key} is {value!r}: expected a {kind.__name__}, not negative")
+            values[key] = value
+    return dataclasses.replace(MemoryCoefficients(), **values)

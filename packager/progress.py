@@ -1,0 +1,25 @@
+"""Where long work reports how far it is, without knowing who listens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """One phase after another, each of a known number of steps."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase of `total` steps begins."""
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` more steps of the phase are done."""
+
+
+class Silent:
+    """Listens to nothing."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Ignored."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Ignored."""

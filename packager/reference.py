@@ -1,0 +1,120 @@
+"""The torch model that computes with a bundle's very weights, dequantised: what the runtime is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from packager.bundle import GRAPH_FILE, REFERENCE_FILE
+from packager.errors import ArtifactError
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, parse_form
+from packager.graph.layout import EMBEDDING
+from packager.graph.packing import dequantize
+from packager.graph.skeleton import Matrix
+from packager.scoring.sources import find_sources
+
+PROMPTS = (
+    "The three most important things to check before a long journey are",
+    "def fibonacci(n):\n    ",
+    "In 1969, the first people to walk on the Moon",
+)
+TEXTS = (
+    "Plain English, with punctuation; and a dash - or two.",
+    "Numbers: 0 7 42 1969 3.14159 1,000,000 2026-11-21 0xFF",
+    "Accents: naïve café Ångström Žižek résumé",
+    "日本語と中文 和 한국어",
+    "Emoji: 🚀 👩‍👩‍👧 🇨🇭 ✅",
+    "Runs   of    white\t\tspace\n\n\nand lines\r\n end ",
+    "code: for (int i = 0; i < n; ++i) { a[i] += b[i]; }",
+)
+GREEDY_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A torch model with a bundle's weights, its tokenizer, and the held-out windows (n, length) of its map."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    heldout: torch.Tensor
+
+
+def load_reference(root: Path, manifest: dict[str, Any]) -> Reference:
+    """Rebuild the bundle in `root` in torch: architecture from config.json, vectors from reference.safetensors, every
+    matrix dequantised from the bytes of the graph's weights."""
+    stored = load_file(root / REFERENCE_FILE)
+    config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    matrices = [Matrix(name=unit["name"], rows=unit["rows"], cols=unit["cols"]) for unit in manifest["units"]]
+    sources = find_sources(matrices, model)
+    graph = ir.load(root / GRAPH_FILE).graph
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.from_numpy(stored[f"vector.{name}"]))
+        for source, unit in zip(sources, manifest["units"], strict=True):
+            weights = _weights(graph, unit["name"], parse_form(unit["form"]), unit["rows"], unit["cols"], gathered=unit["kind"] == "embedding")
+            source.weight(model).copy_(torch.from_numpy(weights))
+    tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+    return Reference(model=model, tokenizer=tokenizer, heldout=torch.from_numpy(stored["heldout"].astype(np.int64)))
+
+
+def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int, *, gathered: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def tensor(key: str) -> np.ndarray[Any, Any]:
+        value = graph.initializers.get(key)
+        if value is None or value.const_value is None:
+            raise ArtifactError(f"the graph has no {key}: graph and manifest do not belong together")
+        return np.asarray(value.const_value.numpy())
+
+    base = EMBEDDING if gathered else name
+    tensors = {}
+    for part in form.tensors(rows, cols):
+        match form:
+            case FloatForm() if name != EMBEDDING and f"{base}.weight" not in graph.initializers:
+                tensors[part] = tensor(f"{EMBEDDING}.weight")
+            case FloatForm() | BlockForm() | LowRankForm():
+                tensors[part] = tensor(f"{base}.{part}")
+    return dequantize(form, tensors, rows, cols)
+
+
+@torch.no_grad()
+def write_golden(reference: Reference, out: Path, *, context_tokens: int) -> None:
+    """Fixed prompts and texts with what the reference makes of them: token ids, last logits (vocabulary,), greedy
+    tokens, and at each the gap between the two best logits."""
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    steps = min(GREEDY_TOKENS, context_tokens // 4)
+    for number, prompt in enumerate(PROMPTS):
+        ids = reference.tokenizer(prompt)["input_ids"][: context_tokens - steps]
+        first, greedy, gaps = _greedy(reference.model, ids, steps)
+        tensors[f"prompt.{number}.ids"] = np.array(ids, np.int32)
+        tensors[f"prompt.{number}.logits"] = first
+        tensors[f"prompt.{number}.greedy"] = np.array(greedy, np.int32)
+        tensors[f"prompt.{number}.gaps"] = np.array(gaps, np.float32)
+    for number, text in enumerate(TEXTS):
+        ids = reference.tokenizer(text)["input_ids"]
+        decoded = reference.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tensors[f"text.{number}.bytes"] = np.frombuffer(text.encode(), np.uint8)
+        tensors[f"text.{number}.ids"] = np.array(ids, np.int32)
+        tensors[f"text.{number}.decoded"] = np.frombuffer(decoded.encode(), np.uint8)
+    save_file(tensors, out)
+
+
+def _greedy(model: torch.nn.Module, ids: Sequence[int], steps: int) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
+    sequence, greedy, gaps, first = list(ids), [], [], None
+    for _ in range(steps):
+        logits = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, -1].float()
+        first = logits.numpy() if first is None else first
+        best = torch.topk(logits, 2)
+        greedy.append(int(best.indices[0]))
+        gaps.append(float(best.values[0] - best.values[1]))
+        sequence.append(greedy[-1])
+    assert first is not None
+    return first, greedy, gaps

@@ -1,0 +1,101 @@
+"""Bundles on ONNX Runtime: measuring loss, and generating text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from packager.bundle import GRAPH_FILE
+from packager.errors import RuntimeCheckError
+
+_PRUNE = "/lm_head/prune/Gather"
+_UNSQUEEZE = "/lm_head/prune/Unsqueeze"
+
+
+def mean_loss(root: Path, windows: NDArray[np.int64], *, progress: Callable[[], None] = lambda: None, threads: int = 0) -> float:
+    """Mean cross-entropy in nats per token of the bundle in `root` over (n, length) windows, on its own kernels.
+
+    The bundle returns the last token's logits only; the session here reads the same weights through the same graph
+    with that one selection taken out.
+    """
+    session = full_logits_session(root, threads=threads)
+    total, count = 0.0, 0
+    for window in windows:
+        logits = run_window(session, window)
+        shifted = logits[:-1] - logits[:-1].max(-1, keepdims=True)
+        chosen = shifted[np.arange(len(window) - 1), window[1:]]
+        total += float((np.log(np.exp(shifted).sum(-1)) - chosen).sum(dtype=np.float64))
+        count += len(window) - 1
+        progress()
+    return total / count
+
+
+def run_window(session: ort.InferenceSession, window: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits (length, vocabulary) of one window from an empty cache."""
+    feeds: dict[str, Any] = {}
+    for value in session.get_inputs():
+        if value.name == "input_ids":
+            feeds[value.name] = window[None]
+        elif value.name == "attention_mask":
+            feeds[value.name] = np.ones((1, len(window)), np.int64)
+        elif value.name == "position_ids":
+            feeds[value.name] = np.arange(len(window), dtype=np.int64)[None]
+        else:
+            shape = [1, value.shape[1], 0, value.shape[3]]
+            feeds[value.name] = np.zeros(shape, {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[value.type])
+    logits: NDArray[np.float32] = session.run(["logits"], feeds)[0][0]
+    return logits
+
+
+def full_logits_session(root: Path, *, threads: int = 0) -> ort.InferenceSession:
+    """A session over the bundle's graph that returns every token's logits."""
+    graph_path = root / GRAPH_FILE
+    model = ir.load(graph_path)
+    nodes = {node.name: node for node in model.graph}
+    if _PRUNE in nodes and _UNSQUEEZE in nodes:
+        ir.convenience.replace_all_uses_with(nodes[_UNSQUEEZE].outputs[0], nodes[_PRUNE].inputs[0])
+        model.graph.remove([nodes[_UNSQUEEZE], nodes[_PRUNE]], safe=True)
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    if logits.shape is not None:
+        logits.shape = ir.Shape(["batch_size", "sequence_length", logits.shape[2]])
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph_path.parent))
+    try:
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RuntimeCheckError(f"ONNX Runtime refuses {graph_path}: {str(error)[:300]}") from error
+
+
+def generate(root: Path, prompt: str, *, most_tokens: int, chat: bool = True) -> Iterator[str]:
+    """Pieces of the bundle's greedy answer to `prompt`, as they come."""
+    import onnxruntime_genai as og
+
+    try:
+        model = og.Model(str(root))
+        tokenizer = og.Tokenizer(model)
+        text = prompt
+        if chat and (root / "chat_template.jinja").is_file():
+            text = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True)
+        ids = tokenizer.encode(text)
+        limit = json.loads((root / "genai_config.json").read_text())["search"]["max_length"]
+        if len(ids) >= limit:
+            raise RuntimeCheckError(f"the prompt has {len(ids)} tokens, the bundle's context is {limit}: shorten the prompt or pack with a longer --context")
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=min(limit, len(ids) + most_tokens), do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(ids)
+        stream = tokenizer.create_stream()
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield stream.decode(generator.get_next_tokens()[0])
+    except RuntimeError as error:
+        raise RuntimeCheckError(f"onnxruntime-genai failed on {root}: {str(error)[:300]}") from error

@@ -1,0 +1,195 @@
+"""The score map: what every unit could give up, in one order.
+
+`scoremap.safetensors` holds it: the units and their options as JSON in the metadata, and as arrays the bytes and
+losses of all options and the moves. Planning reads this file and `map.json` and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from packager.errors import ArtifactError
+from packager.files import read_json, sha256_file
+from packager.forms import BlockForm, Form, LowRankForm, form_bytes, parse_form
+
+SCHEMA = 1
+MAP_FILE = "scoremap.safetensors"
+STORE_FILE = "store.safetensors"
+IDENTITY_FILE = "map.json"
+KINDS = ("linear", "head", "embedding", "tied")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A weight matrix that is compressed on its own. `tied`: the token embedding and the output head are one matrix."""
+
+    name: str
+    kind: str
+    rows: int
+    cols: int
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """One way to store a unit: real packed `bytes`, and the predicted rise of the loss in nats per token."""
+
+    form: Form
+    bytes: int
+    loss_nats: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move:
+    """Unit number `unit` goes from its option `option - 1` to `option`."""
+
+    unit: int
+    option: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreMap:
+    """Units, each unit's options from largest to smallest on its lower convex hull, and every move in one order."""
+
+    units: tuple[Unit, ...]
+    options: tuple[tuple[Option, ...], ...]
+    moves: tuple[Move, ...]
+
+
+def hull(options: Iterable[Option]) -> tuple[Option, ...]:
+    """The lower convex hull of (bytes, loss), from most bytes to least: each step down costs more per byte saved.
+
+    An option that costs at least as many bytes as another without being better is left out.
+    """
+    chain: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.bytes, o.loss_nats, o.form.label)):
+        if chain and option.loss_nats >= chain[-1].loss_nats:
+            continue
+        while len(chain) >= 2 and _slope(chain[-2], chain[-1]) <= _slope(chain[-1], option):
+            chain.pop()
+        chain.append(option)
+    return tuple(reversed(chain))
+
+
+def _slope(smaller: Option, larger: Option) -> float:
+    """Loss added per byte saved when going from `larger` to `smaller`."""
+    return (smaller.loss_nats - larger.loss_nats) / (larger.bytes - smaller.bytes)
+
+
+def merge(options: Sequence[Sequence[Option]]) -> tuple[Move, ...]:
+    """All units' steps in one order, by loss added per byte saved; ties by unit, then by step. A total order."""
+    steps = [(_slope(chain[step], chain[step - 1]), unit, step) for unit, chain in enumerate(options) for step in range(1, len(chain))]
+    return tuple(Move(unit=unit, option=step) for _, unit, step in sorted(steps))
+
+
+def make_map(units: Sequence[Unit], options: Sequence[Iterable[Option]]) -> ScoreMap:
+    """The map of `units` with the given options, of which those on the hulls stay."""
+    hulls = tuple(hull(choices) for choices in options)
+    for unit, chain in zip(units, hulls, strict=True):
+        if not chain:
+            raise ArtifactError(f"unit {unit.name} has no option")
+    return ScoreMap(units=tuple(units), options=hulls, moves=merge(hulls))
+
+
+def restricted(scoremap: ScoreMap, allowed: Callable[[Unit, Form], bool]) -> ScoreMap:
+    """The map with only the forms a device can run; hulls and order are made anew from what is left."""
+    kept = [[option for option in chain if allowed(unit, option.form)] for unit, chain in zip(scoremap.units, scoremap.options, strict=True)]
+    for unit, chain in zip(scoremap.units, kept, strict=True):
+        if not chain:
+            raise ArtifactError(f"unit {unit.name}: none of its options runs on this device; score again with options it has kernels for")
+    return make_map(scoremap.units, kept)
+
+
+def reweighed(scoremap: ScoreMap, weigh: Callable[[Unit, Form], int]) -> ScoreMap:
+    """The map with `bytes` of another resource, such as resident memory; hulls and order are made anew."""
+    options = [
+        [Option(form=option.form, bytes=weigh(unit, option.form), loss_nats=option.loss_nats) for option in chain]
+        for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
+    ]
+    return make_map(scoremap.units, options)
+
+
+def form_bits(form: Form) -> int | None:
+    """Bits of a form's codes, None for float."""
+    match form:
+        case BlockForm(bits=bits):
+            return bits
+        case LowRankForm(factors=BlockForm(bits=bits)):
+            return bits
+    return None
+
+
+def map_tensors(scoremap: ScoreMap) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Arrays and metadata of `scoremap.safetensors`."""
+    described = [
+        {"name": unit.name, "kind": unit.kind, "rows": unit.rows, "cols": unit.cols, "options": [option.form.label for option in chain]}
+        for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
+    ]
+    flat = [option for chain in scoremap.options for option in chain]
+    arrays = {
+        "option_bytes": np.array([option.bytes for option in flat], np.int64),
+        "option_loss_nats": np.array([option.loss_nats for option in flat], np.float64),
+        "moves": np.array([(move.unit, move.option) for move in scoremap.moves], np.int32).reshape(-1, 2),
+    }
+    return arrays, {"schema": str(SCHEMA), "units": json.dumps(described, sort_keys=True)}
+
+
+def read_map(folder: Path) -> ScoreMap:
+    """The score map in a `.map` folder, checked: known forms, exact bytes, convex hulls, the right order."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / MAP_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not a score map ({MAP_FILE} is missing): make one with 'packager score'")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("schema") != str(SCHEMA):
+                raise ArtifactError(f"{path} has schema {metadata.get('schema')!r}, this version reads {SCHEMA}: score the model again")
+            described = json.loads(metadata["units"])
+            sizes, losses, moves = (file.get_tensor(name) for name in ("option_bytes", "option_loss_nats", "moves"))
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}): score the model again") from error
+    units, chains, position = [], [], 0
+    for entry in described:
+        unit = Unit(name=entry["name"], kind=entry["kind"], rows=entry["rows"], cols=entry["cols"])
+        if unit.kind not in KINDS:
+            raise ArtifactError(f"{path}: unit {unit.name} is of kind {unit.kind!r}: expected one of {', '.join(KINDS)}")
+        chain = []
+        for label in entry["options"]:
+            option = Option(form=parse_form(label), bytes=int(sizes[position]), loss_nats=float(losses[position]))
+            exact = form_bytes(option.form, unit.rows, unit.cols)
+            if option.bytes != exact or not math.isfinite(option.loss_nats):
+                raise ArtifactError(
+                    f"{path}: units[{unit.name!r}].options[{label}] claims {option.bytes} bytes and loss {option.loss_nats}, expected {exact} bytes"
+                )
+            chain.append(option)
+            position += 1
+        units.append(unit)
+        chains.append(tuple(chain))
+    scoremap = ScoreMap(units=tuple(units), options=tuple(chains), moves=tuple(Move(unit=int(u), option=int(o)) for u, o in moves))
+    if scoremap.moves != merge(scoremap.options):
+        raise ArtifactError(f"{path}: its moves are not in the order of its losses: the file is damaged, score the model again")
+    return scoremap
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """`map.json`, checked against the score map it names by hash."""
+    identity = read_json(folder / IDENTITY_FILE)
+    if identity.get("schema") != SCHEMA:
+        raise ArtifactError(f"{folder / IDENTITY_FILE} has schema {identity.get('schema')!r}, this version reads {SCHEMA}: score the model again")
+    found = sha256_file(folder / MAP_FILE)
+    if identity["files"].get(MAP_FILE) != found:
+        raise ArtifactError(f"{folder / MAP_FILE} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model again")
+    return identity

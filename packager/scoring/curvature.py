@@ -1,0 +1,173 @@
+"""Second moments of inputs and output gradients on calibration text: the H and G of every unit.
+
+For a unit y = W x: H = E[x xᵀ] over tokens, and G = E[g gᵀ] with g the gradient of the summed token cross-entropy by
+y. Labels are those of the text (the empirical Fisher matrix) or, on request, drawn from the model itself (the Fisher
+matrix; Kunstner et al. 2019, arXiv 1905.12558).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packager.scoring.sources import Source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curvature:
+    """H (cols, cols) of a unit's inputs, and G (rows, rows) of its outputs' gradients or, where the rows are a
+    vocabulary, a weight for each row (rows,). A tied unit has two pairs of which the prices add."""
+
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A module whose statistics are collected once, whatever number of units reads them."""
+
+    module: str
+    width: int
+
+
+def collect(
+    model: torch.nn.Module,
+    sources: Sequence[Source],
+    windows: Tensor,
+    *,
+    seed: int,
+    batch: int,
+    sampled: bool,
+    progress: Callable[[int], None],
+) -> dict[str, Curvature]:
+    """Curvature of `sources` on `windows` (n, length). Parameters get no gradient; the model is left as it was.
+
+    `progress` is called with the number of windows done so far. Cost: one forward and one backward pass through the
+    model, and for each unit tokens · (cols² + rows²) multiply-adds.
+    """
+    collector = _Collector(model, sources, seed=seed, sampled=sampled)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        # Inputs of the products rounded to bfloat16 where the processor multiplies them faster, sums in float32: the
+        # moments are averages over thousands of tokens, far noisier than that.
+        torch.set_float32_matmul_precision("medium")
+        for start in range(0, len(windows), batch):
+            collector.run(windows[start : start + batch])
+            progress(min(start + batch, len(windows)))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        collector.detach()
+    return {source.unit.name: collector.curvature(source) for source in sources}
+
+
+class _Collector:
+    """Hooks on a model and the sums they fill."""
+
+    def __init__(self, model: torch.nn.Module, sources: Sequence[Source], *, seed: int, sampled: bool) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._generator = torch.Generator(device=self._device).manual_seed(seed)
+        self._sampled = sampled
+        self._tokens = 0
+        self._inputs: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._alias: dict[str, str] = {}
+        self._last_input: tuple[Tensor, str] | None = None
+        self._embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self._head = model.get_output_embeddings()  # type: ignore[operator]
+        self._vocabulary = any(source.unit.kind != "linear" for source in sources)
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        self._handles = [self._embedding.register_forward_hook(self._embedded)]
+        if self._vocabulary:
+            self._handles.append(self._head.register_forward_pre_hook(self._head_input))
+        for name in dict.fromkeys(source.module for source in sources if source.unit.kind == "linear"):
+            module = model.get_submodule(name)
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+            self._handles.append(module.register_forward_hook(self._output_hook(name)))
+        rows = self._embedding.weight.shape[0]
+        self._counts = torch.zeros(rows, dtype=torch.float64, device=self._device)
+        self._mass = torch.zeros(rows, dtype=torch.float64, device=self._device)
+        self._variance = torch.zeros(rows, dtype=torch.float64, device=self._device)
+
+    def run(self, ids: Tensor) -> None:
+        """One forward and backward pass over (batch, length) token ids."""
+        ids = ids.to(self._device)
+        self._last_input = None
+        with torch.enable_grad():
+            logits = self._model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+        with torch.no_grad():
+            chances = torch.softmax(logits, dim=-1)
+            labels = torch.multinomial(chances, 1, generator=self._generator)[:, 0] if self._sampled else torch.roll(ids, -1, 1).flatten()
+            if self._vocabulary:
+                self._counts += torch.bincount(ids.flatten(), minlength=len(self._counts))
+                self._mass += chances.sum(0)
+                self._variance += (chances - chances.square()).sum(0)
+            # d(cross-entropy)/d(logits) = softmax - onehot: no graph through the loss is needed.
+            chances[torch.arange(len(labels)), labels] -= 1
+            if not self._sampled:
+                chances.view(*ids.shape, -1)[:, -1] = 0
+        logits.backward(chances)
+        self._tokens += ids.numel()
+
+    def detach(self) -> None:
+        """Take the hooks off and give the parameters their gradient flags back."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+    def curvature(self, source: Source) -> Curvature:
+        """What was collected for one unit."""
+        if source.unit.kind == "linear":
+            inputs = self._inputs[self._alias[source.module]] / self._tokens
+            gradients = self._gradients[source.module][source.start : source.stop, source.start : source.stop] / self._tokens
+            return Curvature(pairs=((inputs, gradients),))
+        head = (self._inputs["head"] / self._tokens, (self._variance / self._tokens).float())
+        # Tokens that the sample lacks still occur: the model's own expectation of each token stands in for half.
+        frequency = (0.5 * self._counts + 0.5 * self._mass) / self._tokens
+        lookup = (self._gradients["embedding"] / self._tokens, frequency.float())
+        return Curvature(pairs={"head": (head,), "embedding": (lookup,), "tied": (head, lookup)}[source.unit.kind])
+
+    def _input_hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            tensor = arguments[0].detach()
+            # q, k and v (gate and up) read one tensor: its second moment is collected once.
+            # The last one is held, so that its address cannot be another's.
+            last = self._last_input
+            if last is not None and last[0].data_ptr() == tensor.data_ptr() and last[0].shape == tensor.shape:
+                self._alias[name] = last[1]
+                return
+            self._last_input = (tensor, name)
+            self._alias[name] = name
+            _accumulate(self._inputs, name, tensor)
+
+        return hook
+
+    def _output_hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(lambda gradient: _accumulate(self._gradients, name, gradient))
+
+        return hook
+
+    def _head_input(self, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        _accumulate(self._inputs, "head", arguments[0].detach())
+
+    def _embedded(self, module: torch.nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_(True)
+        if self._vocabulary:
+            # Gemma's embedding multiplies by a constant inside the module: the table's gradient carries it.
+            scale = float(getattr(module, "embed_scale", 1.0))
+            output.register_hook(lambda gradient: _accumulate(self._gradients, "embedding", gradient * scale))
+        return output
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    rows = tensor.reshape(-1, tensor.shape[-1]).float()
+    if name in sums:
+        sums[name].addmm_(rows.T, rows)
+    else:
+        sums[name] = rows.T @ rows

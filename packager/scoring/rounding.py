@@ -1,0 +1,181 @@
+"""Rounding a matrix to blocks of bits so that the outputs it makes change least.
+
+Maths over tensors; nothing here knows a model. W is (N, K), H = E[x xᵀ] is (K, K).
+
+- GPTQ: Frantar et al. 2023 (arXiv 2210.17323), section 3: columns are rounded in order and the error of each is
+  spread over the columns not yet rounded, through the Cholesky factor of H⁻¹.
+- Clip search: each block's scale is the best of a grid of shrunken ranges under the diagonal of H.
+- Scale refit: with the codes fixed, the scales of a row minimise (w - ŵ) H (w - ŵ)ᵀ, a linear system of as many
+  unknowns as the row has blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packager.forms import BlockForm
+
+_DAMPING = 0.01
+_SLAB = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounded:
+    """codes (N, K) uint8, scales (N, blocks) float32, zeros (N, blocks) uint8 or None."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
+    """Upper Cholesky factor of (H + damping · mean diagonal)⁻¹, (K, K) float32.
+
+    Inputs that never fire (zero rows of H) get a unit diagonal: their columns round to nearest. Damping grows
+    tenfold until the factorisation succeeds, so a singular H does not fail.
+    """
+    size = hessian.shape[0]
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    base = hessian.double()
+    base = base + torch.diag(dead.double())
+    mean = float(diagonal[~dead].double().mean()) if bool((~dead).any()) else 1.0
+    eye = torch.eye(size, dtype=torch.float64, device=hessian.device)
+    for _ in range(6):
+        lower, failed = torch.linalg.cholesky_ex(base + damping * mean * eye)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper.float()
+        damping *= 10
+    return torch.eye(size, device=hessian.device)
+
+
+def block_grid(weights: Tensor, importance: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each block by clip search.
+
+    `weights` (N, B, g) and `importance` (B, g), the diagonal of H. Returns scales (N, B) and zero points (N, B), both
+    float32. Without `form.zeros` the zero point is 2^(bits-1) and the scale may be negative, which lets the longer
+    side of the code range serve the larger tail.
+    """
+    top = 2**form.bits - 1
+    low = weights.amin(-1).clamp(max=0)
+    high = weights.amax(-1).clamp(min=0)
+    steps = 24 if form.bits == 2 else 14
+    floor = 0.3 if form.bits == 2 else 0.5
+    best_error = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    if form.bits == 8:
+        steps, floor = 1, 1.0
+    for step in range(steps):
+        shrink = 1.0 - (1.0 - floor) * step / max(steps - 1, 1)
+        for scale, zero in _candidates(low * shrink, high * shrink, form, top):
+            codes = (weights / scale[..., None] + zero[..., None]).round_().clamp_(0, top)
+            error = ((codes - zero[..., None]) * scale[..., None] - weights).square_().mul_(importance).sum(-1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _candidates(low: Tensor, high: Tensor, form: BlockForm, top: int) -> list[tuple[Tensor, Tensor]]:
+    tiny = torch.finfo(torch.float32).tiny * 2**20
+    if form.zeros:
+        scale = ((high - low) / top).clamp(min=tiny)
+        return [(scale, (-low / scale).round().clamp(0, top))]
+    half = 2 ** (form.bits - 1)
+    centre = torch.full_like(low, half)
+    reach = torch.where(high >= -low, high, low)  # the larger tail gets the code range's longer side, [-half, 0]
+    signed = -reach / half
+    signed = torch.where(signed.abs() < tiny, torch.full_like(signed, tiny), signed)
+    even = (torch.maximum(high, -low) / (half - 0.5)).clamp(min=tiny)
+    return [(signed, centre), (even, centre)]
+
+
+def gptq(weights: Tensor, factor: Tensor, importance: Tensor, form: BlockForm) -> Rounded:
+    """Round (N, K) `weights` to `form`; `factor` from inverse_factor(H), `importance` (K,) the diagonal of H."""
+    rows, cols = weights.shape
+    top = 2**form.bits - 1
+    work = weights.clone().float()
+    blocks = form.blocks(cols)
+    codes = torch.zeros(rows, cols, dtype=torch.uint8, device=weights.device)
+    scales = torch.ones(rows, blocks, device=weights.device)
+    zeros = torch.zeros(rows, blocks, device=weights.device)
+    slab = max(_SLAB, form.block)
+    for start in range(0, cols, slab):
+        stop = min(start + slab, cols)
+        part = work[:, start:stop].T.contiguous()  # (columns, N): a column is contiguous
+        errors = torch.zeros_like(part)
+        local = factor[start:stop, start:stop]
+        for column in range(stop - start):
+            absolute = start + column
+            block = absolute // form.block
+            if absolute % form.block == 0:
+                span = part[column : column + form.block].T.contiguous()[:, None, :]
+                weight = importance[absolute : absolute + span.shape[-1]]
+                scale, zero = block_grid(span, weight[None], form)
+                scales[:, block], zeros[:, block] = scale[:, 0], zero[:, 0]
+            s, z = scales[:, block], zeros[:, block]
+            code = (part[column] / s + z).round_().clamp_(0, top)
+            codes[:, absolute] = code.to(torch.uint8)
+            error = (part[column] - (code - z) * s) / local[column, column]
+            errors[column] = error
+            if column + 1 < stop - start:
+                part[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
+        if stop < cols:
+            work[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
+    return Rounded(codes=codes, scales=scales, zeros=zeros.to(torch.uint8) if form.zeros else None)
+
+
+def values(rounded: Rounded, form: BlockForm) -> Tensor:
+    """The (N, K) float32 matrix that the codes stand for."""
+    rows, cols = rounded.codes.shape
+    scales = rounded.scales.repeat_interleave(form.block, dim=1)[:, :cols]
+    return _centred(rounded, form) * scales
+
+
+def _centred(rounded: Rounded, form: BlockForm) -> Tensor:
+    cols = rounded.codes.shape[1]
+    if rounded.zeros is None:
+        return rounded.codes.float() - 2 ** (form.bits - 1)
+    return rounded.codes.float() - rounded.zeros.float().repeat_interleave(form.block, dim=1)[:, :cols]
+
+
+def refit_scales(weights: Tensor, rounded: Rounded, hessian: Tensor, form: BlockForm) -> Rounded:
+    """Scales that minimise (w - ŵ) H (w - ŵ)ᵀ for each row with the codes as they are."""
+    rows, cols = rounded.codes.shape
+    blocks = form.blocks(cols)
+    centred = _centred(rounded, form)
+    padded = torch.nn.functional.pad(centred, (0, blocks * form.block - cols)).reshape(rows, blocks, form.block)
+    gram = torch.nn.functional.pad(hessian, (0, blocks * form.block - cols, 0, blocks * form.block - cols))
+    target = torch.nn.functional.pad(weights.float() @ hessian, (0, blocks * form.block - cols)).reshape(rows, blocks, form.block)
+    right = (padded * target).sum(-1)
+    left = torch.empty(rows, blocks, blocks, device=weights.device)
+    shaped = gram.reshape(blocks, form.block, blocks, form.block)
+    for block in range(blocks):
+        reach = padded[:, block] @ shaped[block].reshape(form.block, -1)
+        left[:, block] = (reach.reshape(rows, blocks, form.block) * padded).sum(-1)
+    ridge = 1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-30)
+    left = left + torch.diag_embed(ridge[:, None].expand(rows, blocks))
+    right = right + ridge[:, None] * rounded.scales
+    solved, failed = torch.linalg.solve_ex(left, right[..., None])
+    fresh = solved[..., 0]
+    usable = (failed == 0)[:, None] & torch.isfinite(fresh) & (fresh.abs() > 0)
+    return Rounded(codes=rounded.codes, scales=torch.where(usable, fresh, rounded.scales), zeros=rounded.zeros)
+
+
+def price(error: Tensor, hessian: Tensor, gradient: Tensor) -> float:
+    """½ tr(G E H Eᵀ): the rise of the loss in nats per token when the weights change by `error` (N, K).
+
+    `gradient` is G (N, N), or its diagonal (N,). Kronecker-factored Gauss-Newton, Martens & Grosse 2015
+    (arXiv 1503.05671), with E the change of weights.
+    """
+    response = error @ hessian
+    if gradient.dim() == 1:
+        return 0.5 * float((response * error).sum(1).double() @ gradient.double())
+    return 0.5 * float(((gradient @ error) * response).double().sum())

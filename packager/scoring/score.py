@@ -1,0 +1,238 @@
+"""The one computation per model: checkpoint and calibration text in, a `.map` folder out.
+
+Finished work lies in a folder beside the target until the map is whole: curvature by group of units, options by
+unit. A killed run resumes from there; another model, text or setting starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+
+from packager.checkpoint import Checkpoint, vectors
+from packager.errors import ArtifactError, CalibrationError
+from packager.files import dump_json, published_folder, refuse_existing, sha256_file, sha256_json, write_text
+from packager.forms import parse_form
+from packager.geometry import read_geometry
+from packager.graph.skeleton import export_skeleton
+from packager.losses import mean_loss
+from packager.progress import Progress
+from packager.scoremap import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, Unit, make_map, map_tensors, read_identity
+from packager.scoring.calibration import Calibration, load_calibration
+from packager.scoring.curvature import Curvature, collect
+from packager.scoring.options import score_unit
+from packager.scoring.sources import Source, find_sources
+from packager.store import StoredTensor, join, read_header
+
+REFERENCE_FILE = "reference.safetensors"
+SKELETON_FOLDER = "skeleton"
+SIDE_FOLDER = "model"
+_STATISTICS_BYTES = 3 << 30
+QUICK_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreSettings:
+    """What a map's content depends on besides the model and the text. `tokens` of calibration, a `seed`."""
+
+    tokens: int = 32768
+    seed: int = 0
+    quick: bool = False
+    provider: str = "cpu"
+    sampled_labels: bool = False
+
+
+def score_model(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: ScoreSettings,
+    *,
+    calibration_paths: Sequence[Path] = (),
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the score map of `checkpoint` to folder `out`. Returns its identity (`map.json`) and seconds per phase."""
+    refuse_existing(out, force=force)
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    def lap(phase: str) -> None:
+        seconds[phase] = round(time.perf_counter() - started - sum(seconds.values()), 3)
+
+    progress.phase("reading the model", 1)
+    config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
+    calibration = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
+    model = checkpoint.load().to(device)
+    model_hash = checkpoint.sha256()
+    work = _work_folder(out, model_hash, calibration, settings)
+    progress.advance()
+    lap("read")
+    matrices, nodes = export_skeleton(config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider)
+    sources = find_sources(matrices, model)
+    lap("skeleton")
+    losses = {"heldout_nats": mean_loss(model, calibration.heldout.to(device))}
+    for number, group in enumerate(_groups(sources)):
+        if all(_part(work, source.unit).exists() for source in group):
+            continue
+        curvature = _curvature(model, group, calibration, settings, work / f"curvature-{number}.safetensors", progress)
+        lap(f"curvature {number}")
+        progress.phase("rounding and pricing options", len(group))
+        for source in group:
+            _score_part(work, source, model, curvature, quick=settings.quick)
+            progress.advance()
+        (work / f"curvature-{number}.safetensors").unlink(missing_ok=True)
+        lap(f"options {number}")
+    progress.phase("writing the map", 1)
+    with published_folder(out, force=force) as staging:
+        _assemble(work, sources, staging)
+        shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
+        checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
+        reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
+        save_file(reference | {"heldout": calibration.heldout.numpy().astype("int32")}, staging / REFERENCE_FILE)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        identity = {
+            "schema": SCHEMA,
+            "model": {
+                "name": checkpoint.name,
+                "source": checkpoint.source if not Path(checkpoint.source).is_absolute() else Path(checkpoint.source).name,
+                "sha256": model_hash,
+                "architecture": (config.architectures or ["?"])[0],
+                "parameters": parameters,
+                "float16_bytes": 2 * parameters,
+                "max_context_tokens": int(config.max_position_embeddings),
+            },
+            "geometry": asdict(read_geometry(config, nodes=nodes, tokenizer_bytes=(staging / SIDE_FOLDER / "tokenizer.json").stat().st_size)),
+            "calibration": {"text": calibration.description, "sha256": calibration.sha256, "tokens": calibration.windows.numel()},
+            "losses": losses,
+            "settings": asdict(settings),
+            "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
+        }
+        identity["files"] = {str(path.relative_to(staging)): sha256_file(path) for path in sorted(staging.rglob("*")) if path.is_file()}
+        write_text(staging / IDENTITY_FILE, dump_json(identity))
+    shutil.rmtree(work, ignore_errors=True)
+    progress.advance()
+    lap("write")
+    return {"identity": identity, "seconds": seconds}
+
+
+def map_matches(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, calibration_paths: Sequence[Path]) -> bool:
+    """Whether the map in `folder` is of this model, these settings and this text, so that it need not be made again."""
+    if not (folder / IDENTITY_FILE).is_file():
+        return False
+    identity = read_identity(folder)
+    calibration = load_calibration(calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed)
+    return bool(
+        identity["model"]["sha256"] == checkpoint.sha256()
+        and identity["settings"] == asdict(settings)
+        and identity["calibration"]["sha256"] == calibration.sha256
+    )
+
+
+def _work_folder(out: Path, model_hash: str, calibration: Calibration, settings: ScoreSettings) -> Path:
+    """Where unfinished work lies; emptied when it belongs to another model, text or setting."""
+    work = out.parent / f".{out.name}.work"
+    key = sha256_json({"model": model_hash, "calibration": calibration.sha256, "settings": asdict(settings), "schema": SCHEMA})
+    marker = work / "key"
+    if work.exists() and (not marker.is_file() or marker.read_text() != key):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(marker, key)
+    return work
+
+
+def _groups(sources: Sequence[Source]) -> list[list[Source]]:
+    """Units whose statistics fit in memory together; each group costs one pass over the calibration text."""
+    limit = min(_STATISTICS_BYTES, psutil.virtual_memory().available // 3)
+    groups: list[list[Source]] = [[]]
+    size = 0
+    for source in sources:
+        unit = source.unit
+        cost = 4 * (unit.cols**2 + (unit.rows**2 if unit.kind == "linear" else unit.cols**2))
+        if groups[-1] and size + cost > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(source)
+        size += cost
+    return groups
+
+
+def _curvature(
+    model: torch.nn.Module, group: Sequence[Source], calibration: Calibration, settings: ScoreSettings, cache: Path, progress: Progress
+) -> dict[str, Curvature]:
+    if cache.is_file():
+        stored = load_torch(cache)
+        names = [source.unit.name for source in group]
+        return {
+            name: Curvature(pairs=tuple((stored[f"{name}|{i}|h"], stored[f"{name}|{i}|g"]) for i in range(2) if f"{name}|{i}|h" in stored)) for name in names
+        }
+    progress.phase("measuring curvature", len(calibration.windows))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        progress.advance(count - done)
+        done = count
+
+    curvature = collect(model, group, calibration.windows, seed=settings.seed, batch=1, sampled=settings.sampled_labels, progress=advance)
+    tensors = {}
+    for name, item in curvature.items():
+        for index, (hessian, gradient) in enumerate(item.pairs):
+            if not bool(torch.isfinite(hessian).all() and torch.isfinite(gradient).all()):
+                raise CalibrationError(
+                    f"{name}: its activations on the calibration text are not finite: the model overflows in float32 or the checkpoint is damaged"
+                )
+            tensors[f"{name}|{index}|h"], tensors[f"{name}|{index}|g"] = hessian.cpu().clone(), gradient.cpu().clone()
+    temporary = cache.with_suffix(".writing")
+    save_torch(tensors, temporary)
+    temporary.rename(cache)
+    return curvature
+
+
+def _part(work: Path, unit: Unit) -> Path:
+    return work / f"unit-{unit.name}.safetensors"
+
+
+@torch.no_grad()
+def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: dict[str, Curvature], *, quick: bool) -> None:
+    """All options of one unit into one file, of which only those on the hull carry their bytes."""
+    path = _part(work, source.unit)
+    if path.exists():
+        return
+    scored = {item.option.form.label: item for item in score_unit(source.unit, source.weight(model), curvature[source.unit.name], quick=quick)}
+    chain = make_map([source.unit], [[item.option for item in scored.values()]]).options[0]
+    tensors = {f"{option.form.label}|{name}": tensor for option in chain for name, tensor in scored[option.form.label].tensors.items()}
+    described = json.dumps([[option.form.label, option.bytes, option.loss_nats] for option in chain])
+    temporary = path.with_suffix(".writing")
+    save_file(tensors, temporary, metadata={"options": described})
+    temporary.rename(path)
+
+
+def _assemble(work: Path, sources: Sequence[Source], out: Path) -> None:
+    """Join the units' files into one store, and write the score map."""
+    options: list[list[Option]] = []
+    entries: list[tuple[str, StoredTensor]] = []
+    for source in sources:
+        tensors, metadata = read_header(_part(work, source.unit))
+        options.append([Option(form=parse_form(label), bytes=size, loss_nats=loss) for label, size, loss in json.loads(metadata["options"])])
+        for option in options[-1]:
+            for name in option.form.tensors(source.unit.rows, source.unit.cols):
+                key = f"{option.form.label}|{name}"
+                if key not in tensors:
+                    raise ArtifactError(f"{source.unit.name}: option {key} was not written; score the model again")
+                entries.append((f"{source.unit.name}|{key}", tensors[key]))
+    join(entries, out / STORE_FILE)
+    arrays, metadata = map_tensors(make_map([source.unit for source in sources], options))
+    save_file(arrays, out / MAP_FILE, metadata=metadata)

@@ -1,0 +1,119 @@
+"""Which part of the torch model each matrix of the exported graph is.
+
+The exporter names its matrices alike for every architecture (`model.layers.3.attn.q_proj`); transformers does not,
+and packs some (`qkv_proj`, `gate_up_proj` in Phi-3). Every linear layer must be claimed exactly once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from packager.errors import UnsupportedModelError
+from packager.graph.layout import EMBEDDING, HEAD
+from packager.graph.skeleton import Matrix
+from packager.scoremap import Unit
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)")
+_OWNERS = {"attn": ("self_attn", "attention", "attn"), "mlp": ("mlp", "feed_forward")}
+_ALIASES = {"o_proj": ("o_proj", "dense", "out_proj"), "down_proj": ("down_proj", "dense_4h_to_h"), "fc1": ("fc1",), "fc2": ("fc2",)}
+_PACKED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Rows `start` to `stop` of module `module`'s weight are unit `unit`."""
+
+    unit: Unit
+    module: str
+    start: int
+    stop: int
+
+    def weight(self, model: torch.nn.Module) -> torch.Tensor:
+        """The unit's (rows, cols) slice of the model's parameter; writing to it writes to the model."""
+        parameter = model.get_submodule(self.module).weight
+        assert isinstance(parameter, torch.Tensor)
+        return parameter.data[self.start : self.stop]
+
+
+def find_sources(matrices: Sequence[Matrix], model: torch.nn.Module) -> list[Source]:
+    """A source for every matrix; embedding and head become one tied unit where the model shares them.
+
+    Raises UnsupportedModelError when a matrix has no source, or a linear layer is left over.
+    """
+    embedding = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    tied = output is not None and output.weight is model.get_submodule(embedding).weight
+    sources = []
+    for matrix in matrices:
+        if matrix.name == EMBEDDING:
+            if tied:
+                continue
+            sources.append(_whole(matrix, "embedding", embedding))
+        elif matrix.name == HEAD:
+            sources.append(_whole(matrix, "tied" if tied else "head", embedding if tied else _name_of(model, output)))
+        else:
+            sources.append(_layer_source(matrix, model))
+    _check(sources, model)
+    return sources
+
+
+def _whole(matrix: Matrix, kind: str, module: str) -> Source:
+    return Source(unit=Unit(name=matrix.name, kind=kind, rows=matrix.rows, cols=matrix.cols), module=module, start=0, stop=matrix.rows)
+
+
+def _layer_source(matrix: Matrix, model: torch.nn.Module) -> Source:
+    match = _LAYER.fullmatch(matrix.name)
+    if match is None:
+        raise UnsupportedModelError(f"the exported graph has a weight {matrix.name!r} whose place in the model is not known")
+    layer, block, role = match.groups()
+    unit = Unit(name=matrix.name, kind="linear", rows=matrix.rows, cols=matrix.cols)
+    modules = {name for name, _ in model.named_modules()}
+    prefixes = [name for name in modules if name.endswith(f"layers.{layer}")]
+    for prefix in sorted(prefixes, key=len):
+        for owner in _OWNERS[block]:
+            for alias in _ALIASES.get(role, (role,)):
+                name = f"{prefix}.{owner}.{alias}"
+                if name in modules:
+                    return Source(unit=unit, module=name, start=0, stop=matrix.rows)
+            packed = f"{prefix}.{owner}.{_PACKED.get(role, '')}"
+            if packed in modules:
+                start = _packed_start(role, model.get_submodule(packed).weight.shape[0], matrix.rows)
+                return Source(unit=unit, module=packed, start=start, stop=start + matrix.rows)
+    raise UnsupportedModelError(f"the exported graph has a weight {matrix.name!r} for which {type(model).__name__} has no layer")
+
+
+def _packed_start(role: str, total: int, rows: int) -> int:
+    """First row of `role` in a packed weight of `total` rows: q | k | v with k and v alike, or gate | up."""
+    match role:
+        case "q_proj" | "gate_proj":
+            return 0
+        case "k_proj":
+            return total - 2 * rows
+        case _:
+            return total - rows
+
+
+def _name_of(model: torch.nn.Module, module: object) -> str:
+    for name, candidate in model.named_modules():
+        if candidate is module:
+            return name
+    raise UnsupportedModelError(f"{type(model).__name__} does not name its embedding or output head")
+
+
+def _check(sources: Sequence[Source], model: torch.nn.Module) -> None:
+    claimed: dict[str, int] = {}
+    for source in sources:
+        shape = tuple(model.get_submodule(source.module).weight.shape)
+        if shape[1] != source.unit.cols or source.stop > shape[0]:
+            raise UnsupportedModelError(f"{source.unit.name} is {source.unit.rows} × {source.unit.cols} in the graph, its layer {source.module} is {shape}")
+        claimed[source.module] = claimed.get(source.module, 0) + source.unit.rows
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name not in claimed and module.weight is not model.get_input_embeddings().weight:  # type: ignore[operator]
+            raise UnsupportedModelError(f"layer {name} of {type(model).__name__} has no weight in the exported graph")
+    for name, rows in claimed.items():
+        if rows != model.get_submodule(name).weight.shape[0]:
+            raise UnsupportedModelError(f"layer {name}: {rows} of its {model.get_submodule(name).weight.shape[0]} rows are in the exported graph")

@@ -1,0 +1,117 @@
+"""Plans, reports and artefacts as text for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from packager.errors import ArtifactError
+from packager.plan import PLAN_FILE, Plan, load_map, read_plan
+from packager.profile import DeviceProfile
+from packager.report import ValidationReport, shown, verdict
+from packager.scoremap import MAP_FILE
+from packager.sizes import format_size
+
+_BAR = 30
+
+
+def plan_text(plan: Plan) -> str:
+    """What was chosen, what it is predicted to weigh and cost, and where the memory goes."""
+    terms: Mapping[str, int] = plan.memory["phases"][plan.memory["peak_phase"]]
+    whole = max(plan.budget_bytes, plan.peak_bytes, 1)
+    lines = [
+        f"profile      {plan.profile}: budget {format_size(plan.budget_bytes)}, context {plan.context_tokens} tokens",
+        f"chosen       {format_size(plan.file_bytes)} of weights, {plan.ratio:.1%} of the float16 model ({plan.prefix} of {plan.moves} moves)",
+        f"forms        {forms_text(plan.choices.values())}",
+        f"predicted    loss +{plan.loss_nats:.4f} nats per token; peak {format_size(plan.peak_bytes)} in {plan.memory['peak_phase']}",
+    ]
+    for name, size in terms.items():
+        lines.append(f"  {name:28} {format_size(size):>10}  {'█' * max(0, round(_BAR * size / whole))}")
+    left = plan.budget_bytes - plan.peak_bytes
+    lines.append(f"  {'fits, left' if left >= 0 else 'DOES NOT FIT, over by':28} {format_size(abs(left)):>10}")
+    return "\n".join(lines)
+
+
+def forms_text(labels: Any) -> str:
+    """How many units take each form, the commonest first."""
+    return ", ".join(f"{count} × {label}" for label, count in Counter(labels).most_common())
+
+
+def report_text(report: ValidationReport) -> str:
+    """The checks as a table, then a sentence the bundle generated."""
+    rows = [("check", "value", "limit", "unit", "verdict")]
+    for check in report.checks:
+        unit = "" if check.unit == "bytes" else check.unit
+        rows.append((check.name, shown(check.value, check.unit), shown(check.limit, check.unit), unit, verdict(check)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for number, item in enumerate(report.rounds, 1):
+        lines.append(
+            f"round {number}: predicted {format_size(item['predicted_bytes'])}, measured {format_size(item['measured_bytes'])}, weights {format_size(item['file_bytes'])}"
+        )
+    if not report.enforced_by:
+        lines.append("memory limit: not enforced, this system offers no cgroup to this user")
+    if report.answer:
+        lines.append(f"asked: {report.answer['prompt']}")
+        lines.append(f"answered: {report.answer['text'].strip()}")
+    lines.append("VALID" if report.passed else "NOT VALID: see the checks marked FAIL")
+    return "\n".join(lines)
+
+
+def profile_dict(profile: DeviceProfile) -> dict[str, Any]:
+    """A profile as plain data."""
+    return {key: value for key, value in asdict(profile).items() if key != "toml"}
+
+
+def profiles_text(profiles: Sequence[DeviceProfile]) -> str:
+    """One line a profile."""
+    return "\n".join(
+        f"{profile.name:20} {format_size(profile.memory_bytes):>8}  budget {format_size(profile.budget_bytes):>8}  context {profile.context_tokens:>5}  {profile.provider:6} {profile.description}"
+        for profile in profiles
+    )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What lies at `path`: a map, a plan or a bundle, as plain data."""
+    if (path / MAP_FILE).is_file():
+        loaded = load_map(path)
+        sizes = [sum(chain[index].bytes for chain in loaded.scoremap.options) for index in (0, -1)]
+        identity = {key: loaded.identity[key] for key in ("model", "calibration", "losses", "settings", "versions")}
+        return {
+            "kind": "score map",
+            "units": len(loaded.scoremap.units),
+            "moves": len(loaded.scoremap.moves),
+            "largest_bytes": sizes[0],
+            "smallest_bytes": sizes[1],
+        } | identity
+    if (path / "packager.json").is_file():
+        from packager.bundle import open_bundle
+
+        manifest = open_bundle(path)
+        shared = {key: manifest[key] for key in ("model", "profile", "bounds", "predicted", "bundle_sha256")}
+        forms = forms_text(unit["form"] for unit in manifest["units"])
+        return {
+            "kind": "bundle",
+            "files": len(manifest["files"]),
+            "bytes": sum(entry["bytes"] for entry in manifest["files"]),
+            "forms": forms,
+            "measured": manifest.get("measured"),
+        } | shared
+    if path.is_file() or (path / PLAN_FILE).is_file():
+        return {"kind": "plan"} | read_plan(path if path.is_file() else path / PLAN_FILE).to_dict()
+    raise ArtifactError(f"{path} is no score map, plan or bundle")
+
+
+def description_text(described: Mapping[str, Any], indent: str = "") -> str:
+    """Nested plain data as indented lines."""
+    lines = []
+    for key, value in described.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}", description_text(value, indent + "  ")]
+        else:
+            shown_value = f"{value:,} ({format_size(value)})" if key.endswith("bytes") and isinstance(value, int) else value
+            lines.append(f"{indent}{key:24} {shown_value}")
+    return "\n".join(lines)
