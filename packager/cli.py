@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("packager: interrupted; nothing was left under a final name, and 'packager score' resumes where it was", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone: nothing more to say, and nothing to flush at exit.
+        sys.stdout = None
+        return 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"packager: {error.strerror or error}{where}: free some space or choose another folder; nothing was left half-written", file=sys.stderr)
@@ -55,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         "pack",
         _pack,
         "score, plan, build and validate in one go",
-        "packager pack demo --profile edge-box-256mb -o box.bundle\n  packager pack ./SmolLM2-135M --profile raspberry-pi-5-8gb --budget 300MiB --context 2048 -o pi.bundle",
+        "packager pack demo --profile edge-box-256mb -o box.bundle\n"
+        "  packager pack ./SmolLM2-135M --profile raspberry-pi-5-8gb --budget 300MiB --context 2048 -o pi.bundle",
     )
     pack.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, a .gguf file, or 'demo'")
     _target(pack)
@@ -179,9 +184,8 @@ def _score(arguments: argparse.Namespace) -> int:
         return 0
     identity = result["identity"]
     print(f"score map of {identity['model']['name']} written to {arguments.output}")
-    print(
-        f"calibrated on {identity['calibration']['text']}: {identity['calibration']['tokens']} tokens; held-out loss {identity['losses']['heldout_nats']:.4f} nats per token"
-    )
+    text, loss = identity["calibration"], identity["losses"]["heldout_nats"]
+    print(f"calibrated on {text['text']}: {text['tokens']} tokens; held-out loss {loss:.4f} nats per token")
     for phase, seconds in result["seconds"].items():
         print(f"  {phase:24} {seconds:8.1f} s")
     return 0

@@ -12,21 +12,20 @@ import struct
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # Kernels with 8-bit activations differ from float arithmetic by about this much; a wrong weight differs by far more.
 KL_LIMIT_NATS = 0.1
 # A greedy token may differ from the reference's where that was undecided: by less than this share of the logits' spread.
 GAP_LIMIT_SHARE = 0.5
-PHASES: list = []
 
 
 def phase(name: str) -> None:
     """Say on stderr what begins, so that a killed run is known by the last phase it reached."""
-    PHASES.append(name)
     print(f"phase: {name}", file=sys.stderr, flush=True)
 
 
-def memory() -> dict:
+def memory() -> dict[str, int]:
     """Bytes of this process: peak, and resident now, anonymous and mapped apart. Empty where /proc is not there."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -45,7 +44,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path) -> dict:
+def read_tensors(path: Path) -> dict[str, Any]:
     """Tensors of a safetensors file by name."""
     import numpy as np
 
@@ -64,12 +63,12 @@ def read_tensors(path: Path) -> dict:
     return tensors
 
 
-def row(name: str, value: object, limit: object, unit: str, passed: bool) -> dict:
+def row(name: str, value: object, limit: object, unit: str, passed: bool) -> dict[str, Any]:
     """One check: what was measured, what was allowed, and the verdict."""
     return {"name": name, "value": value, "limit": limit, "unit": unit, "passed": bool(passed)}
 
 
-def check_hashes(root: Path, manifest: dict) -> dict:
+def check_hashes(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Every file in the manifest has its size and hash."""
     wrong = []
     for entry in manifest["files"]:
@@ -79,11 +78,11 @@ def check_hashes(root: Path, manifest: dict) -> dict:
     return row("files with a wrong hash", len(wrong), 0, ", ".join(wrong[:3]) or "files", not wrong)
 
 
-def kl_divergence(expected, found) -> float:
+def kl_divergence(expected: Any, found: Any) -> float:
     """KL(softmax(expected) ‖ softmax(found)) in nats."""
     import numpy as np
 
-    def log_softmax(x):
+    def log_softmax(x: Any) -> Any:
         x = x.astype(np.float64) - x.max()
         return x - np.log(np.exp(x).sum())
 
@@ -91,7 +90,7 @@ def kl_divergence(expected, found) -> float:
     return float((np.exp(p) * (p - q)).sum())
 
 
-def check_tokenizer(tokenizer, golden: dict) -> list:
+def check_tokenizer(tokenizer: Any, golden: dict[str, Any]) -> list[dict[str, Any]]:
     """Encode and decode real text as the source tokenizer does."""
     import numpy as np
 
@@ -109,7 +108,7 @@ def check_tokenizer(tokenizer, golden: dict) -> list:
     ]
 
 
-def check_golden(og, model, golden: dict) -> list:
+def check_golden(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, Any]]:
     """Last logits and greedy tokens of the golden prompts against the reference's."""
     import numpy as np
 
@@ -147,7 +146,7 @@ def check_golden(og, model, golden: dict) -> list:
     ]
 
 
-def fill_context(og, model, prompt_tokens: int, context_tokens: int, vocabulary: int) -> dict:
+def fill_context(og: Any, model: Any, prompt_tokens: int, context_tokens: int, vocabulary: int) -> dict[str, Any]:
     """The longest prompt and the fullest context: tokens per second of both phases."""
     import numpy as np
 
@@ -173,7 +172,7 @@ def fill_context(og, model, prompt_tokens: int, context_tokens: int, vocabulary:
     }
 
 
-def say(og, model, tokenizer, prompt: str, most: int) -> str:
+def say(og: Any, model: Any, tokenizer: Any, prompt: str, most: int) -> str:
     """What the bundle answers to `prompt`, greedily, in at most `most` tokens."""
     try:
         text = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True)
@@ -186,10 +185,10 @@ def say(og, model, tokenizer, prompt: str, most: int) -> str:
     generator.append_tokens(ids)
     while not generator.is_done():
         generator.generate_next_token()
-    return tokenizer.decode(generator.get_sequence(0)[len(ids) :])
+    return str(tokenizer.decode(generator.get_sequence(0)[len(ids) :]))
 
 
-def run(root: Path, prompt: str, golden_path: Path) -> dict:
+def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
     """All checks of the bundle in `root`; the golden ones where `golden_path` exists."""
     manifest = json.loads((root / "packager.json").read_text())
     phase("hashes")

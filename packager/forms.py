@@ -29,6 +29,7 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
+        """Bytes in the file."""
         count = 1
         for side in self.shape:
             count *= side
@@ -60,6 +61,7 @@ class BlockForm:
 
     @property
     def label(self) -> str:
+        """The form's name, which parse_form reads."""
         return f"q{self.bits}g{self.block}{'z' if self.zeros else ''}"
 
     def blocks(self, cols: int) -> int:
@@ -87,6 +89,7 @@ class LowRankForm:
 
     @property
     def label(self) -> str:
+        """The form's name, which parse_form reads."""
         return f"r{self.rank}.{self.factors.label}"
 
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def run_limited(command: Sequence[str], limit_bytes: int | None, *, timeout_seco
 
 
 @contextlib.contextmanager
-def _group(limit_bytes: int | None) -> Iterator[tuple[list[str], object, str | None]]:
+def _group(limit_bytes: int | None) -> Iterator[tuple[list[str], Callable[[], None] | None, str | None]]:
     """(command prefix, what the child calls before it becomes the command, mechanism) for one limited run."""
     if limit_bytes is None:
         yield [], None, None
@@ -77,7 +77,7 @@ def _group(limit_bytes: int | None) -> Iterator[tuple[list[str], object, str | N
     yield [], None, None
 
 
-def _enterer(folder: Path) -> object:
+def _enterer(folder: Path) -> Callable[[], None]:
     def enter() -> None:
         (folder / "cgroup.procs").write_text(str(os.getpid()))
 

@@ -74,6 +74,7 @@ class LoadedMap:
 
     @property
     def sha256(self) -> str:
+        """Hash of `map.json`, which names every other file of the map by hash."""
         return sha256_file(self.folder / IDENTITY_FILE)
 
 

@@ -38,6 +38,7 @@ class ValidationReport:
 
     @property
     def passed(self) -> bool:
+        """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:

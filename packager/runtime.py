@@ -25,16 +25,20 @@ def mean_loss(root: Path, windows: NDArray[np.int64], *, progress: Callable[[], 
     The bundle returns the last token's logits only; the session here reads the same weights through the same graph
     with that one selection taken out.
     """
-    session = full_logits_session(root, threads=threads)
-    total, count = 0.0, 0
+    session = full_logits_session(root / GRAPH_FILE, threads=threads)
+    losses = []
     for window in windows:
-        logits = run_window(session, window)
-        shifted = logits[:-1] - logits[:-1].max(-1, keepdims=True)
-        chosen = shifted[np.arange(len(window) - 1), window[1:]]
-        total += float((np.log(np.exp(shifted).sum(-1)) - chosen).sum(dtype=np.float64))
-        count += len(window) - 1
+        losses.append(token_losses(run_window(session, window), window))
         progress()
-    return total / count
+    return float(np.concatenate(losses).mean(dtype=np.float64))
+
+
+def token_losses(logits: NDArray[np.float32], window: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Cross-entropy in nats of each token of a (length,) window but its first, from (length, vocabulary) logits."""
+    shifted = logits[:-1] - logits[:-1].max(-1, keepdims=True)
+    chosen = shifted[np.arange(len(window) - 1), window[1:]]
+    losses: NDArray[np.float32] = np.log(np.exp(shifted).sum(-1)) - chosen
+    return losses
 
 
 def run_window(session: ort.InferenceSession, window: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -54,13 +58,14 @@ def run_window(session: ort.InferenceSession, window: NDArray[np.int64]) -> NDAr
     return logits
 
 
-def full_logits_session(root: Path, *, threads: int = 0) -> ort.InferenceSession:
-    """A session over the bundle's graph that returns every token's logits."""
-    graph_path = root / GRAPH_FILE
+def full_logits_session(graph_path: Path, *, threads: int = 0) -> ort.InferenceSession:
+    """A session over a decoder's graph that returns every token's logits."""
     model = ir.load(graph_path)
     nodes = {node.name: node for node in model.graph}
     if _PRUNE in nodes and _UNSQUEEZE in nodes:
-        ir.convenience.replace_all_uses_with(nodes[_UNSQUEEZE].outputs[0], nodes[_PRUNE].inputs[0])
+        every_row = nodes[_PRUNE].inputs[0]
+        assert every_row is not None
+        ir.convenience.replace_all_uses_with(nodes[_UNSQUEEZE].outputs[0], every_row)
         model.graph.remove([nodes[_UNSQUEEZE], nodes[_PRUNE]], safe=True)
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     if logits.shape is not None:

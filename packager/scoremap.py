@@ -38,6 +38,7 @@ class Unit:
 
     @property
     def elements(self) -> int:
+        """Number of weights."""
         return self.rows * self.cols
 
 
@@ -137,7 +138,7 @@ def map_tensors(scoremap: ScoreMap) -> tuple[dict[str, NDArray[Any]], dict[str, 
         for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
     ]
     flat = [option for chain in scoremap.options for option in chain]
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "option_bytes": np.array([option.bytes for option in flat], np.int64),
         "option_loss_nats": np.array([option.loss_nats for option in flat], np.float64),
         "moves": np.array([(move.unit, move.option) for move in scoremap.moves], np.int32).reshape(-1, 2),

@@ -49,9 +49,8 @@ def report_text(report: ValidationReport) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for number, item in enumerate(report.rounds, 1):
-        lines.append(
-            f"round {number}: predicted {format_size(item['predicted_bytes'])}, measured {format_size(item['measured_bytes'])}, weights {format_size(item['file_bytes'])}"
-        )
+        predicted, measured, weights = (format_size(item[key]) for key in ("predicted_bytes", "measured_bytes", "file_bytes"))
+        lines.append(f"round {number}: predicted {predicted}, measured {measured}, weights {weights}")
     if not report.enforced_by:
         lines.append("memory limit: not enforced, this system offers no cgroup to this user")
     if report.answer:
@@ -68,10 +67,11 @@ def profile_dict(profile: DeviceProfile) -> dict[str, Any]:
 
 def profiles_text(profiles: Sequence[DeviceProfile]) -> str:
     """One line a profile."""
-    return "\n".join(
-        f"{profile.name:20} {format_size(profile.memory_bytes):>8}  budget {format_size(profile.budget_bytes):>8}  context {profile.context_tokens:>5}  {profile.provider:6} {profile.description}"
-        for profile in profiles
-    )
+    rows = []
+    for profile in profiles:
+        memory, budget = format_size(profile.memory_bytes), format_size(profile.budget_bytes)
+        rows.append(f"{profile.name:20} {memory:>8}  budget {budget:>8}  context {profile.context_tokens:>5}  {profile.provider:6} {profile.description}")
+    return "\n".join(rows)
 
 
 def describe(path: Path) -> dict[str, Any]:

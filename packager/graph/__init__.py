@@ -1,0 +1,1 @@
+"""The exporter's graph, and our weights in it."""

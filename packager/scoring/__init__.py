@@ -1,0 +1,1 @@
+"""Model in, scored options out."""

@@ -149,7 +149,7 @@ class _Collector:
 
     def _output_hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(lambda gradient: _accumulate(self._gradients, name, gradient))
+            output.register_hook(lambda gradient: _accumulate(self._gradients, name, gradient))  # type: ignore[no-untyped-call]  # torch's own stub
 
         return hook
 
@@ -161,7 +161,7 @@ class _Collector:
         if self._vocabulary:
             # Gemma's embedding multiplies by a constant inside the module: the table's gradient carries it.
             scale = float(getattr(module, "embed_scale", 1.0))
-            output.register_hook(lambda gradient: _accumulate(self._gradients, "embedding", gradient * scale))
+            output.register_hook(lambda gradient: _accumulate(self._gradients, "embedding", gradient * scale))  # type: ignore[no-untyped-call]  # as above
         return output
 
 

@@ -59,6 +59,7 @@ def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool
     factor = inverse_factor(hessian)
     importance = hessian.diagonal()
     spectrum: Spectrum | None = None
+    tensors: Arrays
     for form in forms_for(unit, quick=quick):
         match form:
             case FloatForm():

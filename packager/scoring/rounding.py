@@ -50,7 +50,8 @@ def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
-                return upper.float()
+                factor: Tensor = upper.float()
+                return factor
         damping *= 10
     return torch.eye(size, device=hessian.device)
 
@@ -134,7 +135,7 @@ def gptq(weights: Tensor, factor: Tensor, importance: Tensor, form: BlockForm) -
 
 def values(rounded: Rounded, form: BlockForm) -> Tensor:
     """The (N, K) float32 matrix that the codes stand for."""
-    rows, cols = rounded.codes.shape
+    cols = rounded.codes.shape[1]
     scales = rounded.scales.repeat_interleave(form.block, dim=1)[:, :cols]
     return _centred(rounded, form) * scales
 
@@ -142,7 +143,7 @@ def values(rounded: Rounded, form: BlockForm) -> Tensor:
 def _centred(rounded: Rounded, form: BlockForm) -> Tensor:
     cols = rounded.codes.shape[1]
     if rounded.zeros is None:
-        return rounded.codes.float() - 2 ** (form.bits - 1)
+        return rounded.codes.float().sub(2 ** (form.bits - 1))
     return rounded.codes.float() - rounded.zeros.float().repeat_interleave(form.block, dim=1)[:, :cols]
 
 
