@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from optimum.utils import NormalizedConfigManager
 from transformers import PretrainedConfig
 
 from packager.errors import UnsupportedModelError
-from packager.memory import Geometry
+from packager.files import read_json
+from packager.memory import Geometry, tokenizer_entries
 
 
-def read_geometry(config: PretrainedConfig, *, nodes: int, tokenizer_bytes: int) -> Geometry:
-    """Geometry of a decoder; `nodes` of its exported graph, `tokenizer_bytes` of tokenizer.json.
+def read_geometry(config: PretrainedConfig, *, nodes: int, tokenizer: Path, genai: Mapping[str, Any]) -> Geometry:
+    """Geometry of a decoder; `nodes` of its exported graph, its tokenizer.json, the exporter's genai_config.json.
 
     optimum knows the attribute names of each architecture; where it does not know the architecture, the plain names
     are tried. Raises UnsupportedModelError naming what is missing.
@@ -30,6 +35,7 @@ def read_geometry(config: PretrainedConfig, *, nodes: int, tokenizer_bytes: int)
             raise UnsupportedModelError(f"the configuration of {config.model_type} has no {candidates[0]}")
         return default
 
+    sliding = genai["model"]["decoder"].get("sliding_window") or {}
     hidden = number("hidden_size", "n_embd", "d_model")
     heads = number("num_attention_heads", "n_head")
     return Geometry(
@@ -41,5 +47,8 @@ def read_geometry(config: PretrainedConfig, *, nodes: int, tokenizer_bytes: int)
         head_dim=number("head_dim", default=hidden // heads),
         vocab=number("vocab_size"),
         nodes=nodes,
-        tokenizer_bytes=tokenizer_bytes,
+        tokenizer_bytes=tokenizer.stat().st_size,
+        tokenizer_entries=tokenizer_entries(read_json(tokenizer)),
+        sliding_window=int(sliding.get("window_size", 0)),
+        sliding_layers=len(sliding.get("layers", [])),
     )

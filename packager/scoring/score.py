@@ -23,7 +23,7 @@ from safetensors.torch import save_file as save_torch
 
 from packager.checkpoint import Checkpoint, vectors
 from packager.errors import ArtifactError, CalibrationError
-from packager.files import dump_json, published_folder, refuse_existing, sha256_file, sha256_json, write_text
+from packager.files import dump_json, published_folder, read_json, refuse_existing, sha256_file, sha256_json, write_text
 from packager.forms import parse_form
 from packager.geometry import read_geometry
 from packager.graph.skeleton import export_skeleton
@@ -103,6 +103,8 @@ def score_model(
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
         save_file(reference | {"heldout": calibration.heldout.numpy().astype("int32")}, staging / REFERENCE_FILE)
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        genai = read_json(staging / SKELETON_FOLDER / settings.provider / "genai_config.json")
+        geometry = read_geometry(config, nodes=nodes, tokenizer=staging / SIDE_FOLDER / "tokenizer.json", genai=genai)
         identity = {
             "schema": SCHEMA,
             "model": {
@@ -114,7 +116,7 @@ def score_model(
                 "float16_bytes": 2 * parameters,
                 "max_context_tokens": int(config.max_position_embeddings),
             },
-            "geometry": asdict(read_geometry(config, nodes=nodes, tokenizer_bytes=(staging / SIDE_FOLDER / "tokenizer.json").stat().st_size)),
+            "geometry": asdict(geometry),
             "calibration": {"text": calibration.description, "sha256": calibration.sha256, "tokens": calibration.windows.numel()},
             "losses": losses,
             "settings": asdict(settings),
