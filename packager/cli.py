@@ -12,8 +12,7 @@ from packager import __version__
 from packager.errors import PackagerError
 
 if TYPE_CHECKING:
-    from packager.pipeline import Request
-    from packager.plan import LoadedMap
+    from packager.plan import LoadedMap, Request
     from packager.profile import DeviceProfile
     from packager.scoring.score import ScoreSettings
 
@@ -290,7 +289,7 @@ def _load(path: Path) -> LoadedMap:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    from packager.pipeline import Request
+    from packager.plan import Request
     from packager.profile import load_profile
 
     profile = load_profile(arguments.profile)

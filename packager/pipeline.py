@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.bundle import write_contents, write_manifest
 from packager.files import published_folder, refuse_existing
-from packager.plan import LoadedMap, Plan, load_map, make_plan
+from packager.plan import LoadedMap, Plan, Request, load_map
 from packager.profile import DeviceProfile
 from packager.progress import Progress
 from packager.report import ValidationReport, write_report
@@ -25,19 +25,6 @@ if TYPE_CHECKING:
 _ROUNDS = 3
 _MARGIN_BYTES = 1 << 20
 _UNUSED_SHARE = 0.05
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What to build for: a profile, with budget and context overridden where given."""
-
-    profile: DeviceProfile
-    budget_bytes: int | None = None
-    context_tokens: int | None = None
-
-    def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
-        """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
-        return make_plan(loaded, self.profile, budget_bytes=self.budget_bytes, context_tokens=self.context_tokens, reserve_bytes=reserve_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

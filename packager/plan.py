@@ -5,11 +5,12 @@ The same map, profile and budget give the same bytes of `plan.json`: it holds no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
 from packager.forms import Form, form_bytes, parse_form
@@ -71,6 +72,7 @@ class LoadedMap:
     scoremap: ScoreMap
     identity: dict[str, Any]
     geometry: Geometry
+    anchors: tuple[Anchor, ...]
 
     @property
     def sha256(self) -> str:
@@ -84,9 +86,10 @@ def load_map(folder: Path) -> LoadedMap:
     identity = read_identity(folder)
     try:
         geometry = Geometry(**identity["geometry"])
-    except TypeError as error:
-        raise ArtifactError(f"{folder / IDENTITY_FILE}: geometry does not match this version ({error}): score the model again") from None
-    return LoadedMap(folder=folder, scoremap=scoremap, identity=identity, geometry=geometry)
+        anchors = monotone([Anchor(**anchor) for anchor in identity["anchors"]])
+    except (TypeError, KeyError) as error:
+        raise ArtifactError(f"{folder / IDENTITY_FILE}: it does not match this version ({error}): score the model again") from None
+    return LoadedMap(folder=folder, scoremap=scoremap, identity=identity, geometry=geometry, anchors=anchors)
 
 
 def profile_hash(profile: DeviceProfile) -> str:
@@ -119,15 +122,25 @@ def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | 
         return bits is None or bits in profile.bits
 
     view = reweighed(restricted(loaded.scoremap, runs), weigh)
-
-    def needed(choice: Sequence[int]) -> MemoryEstimate:
-        return _estimate(loaded.geometry, view, choice, profile, context)
-
+    needed = _estimator(loaded.geometry, view, profile, context)
     solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes <= budget)
     if solution is None:
         smallest = needed(choice_at(view, len(view.moves)))
         raise _infeasible(smallest, profile, budget, context, reserve_bytes)
     return _plan(loaded, view, solution, needed(solution.choice), profile, budget, context)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to build for: a profile, with budget and context overridden where given."""
+
+    profile: DeviceProfile
+    budget_bytes: int | None = None
+    context_tokens: int | None = None
+
+    def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
+        """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
+        return make_plan(loaded, self.profile, budget_bytes=self.budget_bytes, context_tokens=self.context_tokens, reserve_bytes=reserve_bytes)
 
 
 def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
@@ -141,7 +154,7 @@ def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int
             budget_bytes=weight_bytes,
             minimum_bytes=minimum,
         )
-    memory = _estimate(loaded.geometry, loaded.scoremap, solution.choice, profile, context)
+    memory = _estimator(loaded.geometry, loaded.scoremap, profile, context)(solution.choice)
     return _plan(loaded, loaded.scoremap, solution, memory, profile, memory.peak_bytes, context)
 
 
@@ -155,24 +168,32 @@ def bounded_context(loaded: LoadedMap, profile: DeviceProfile, context_tokens: i
     return context_tokens
 
 
-def _estimate(geometry: Geometry, scoremap: ScoreMap, choice: Sequence[int], profile: DeviceProfile, context: int) -> MemoryEstimate:
-    weights, looked_up, largest = 0, 0, 0
-    for unit, chain, taken in zip(scoremap.units, scoremap.options, choice, strict=True):
-        form, role = chain[taken].form, role_of(unit)
-        weights += resident_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
-        looked_up += looked_up_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
-        if role != "embedding":
-            largest = max(largest, form_bytes(form, unit.rows, unit.cols))
-    return estimate(
-        geometry,
-        weights_bytes=weights,
-        looked_up_bytes=looked_up,
-        largest_unit_bytes=largest,
-        context_tokens=context,
-        prompt_tokens=context - PROMPT_RESERVE,
-        chunk_tokens=profile.chunk_tokens,
-        coefficients=profile.coefficients,
-    )
+def _estimator(geometry: Geometry, scoremap: ScoreMap, profile: DeviceProfile, context: int) -> Callable[[Sequence[int]], MemoryEstimate]:
+    """choice → predicted memory. What each option weighs is worked out once: the solver asks hundreds of times."""
+    weights = [[_weigh(unit, option.form, profile, context) for option in chain] for unit, chain in zip(scoremap.units, scoremap.options, strict=True)]
+
+    def needed(choice: Sequence[int]) -> MemoryEstimate:
+        taken = [chain[index] for chain, index in zip(weights, choice, strict=True)]
+        return estimate(
+            geometry,
+            weights_bytes=sum(resident for resident, _, _ in taken),
+            looked_up_bytes=sum(looked_up for _, looked_up, _ in taken),
+            largest_unit_bytes=max(multiplied for _, _, multiplied in taken),
+            context_tokens=context,
+            prompt_tokens=context - PROMPT_RESERVE,
+            chunk_tokens=profile.chunk_tokens,
+            coefficients=profile.coefficients,
+        )
+
+    return needed
+
+
+def _weigh(unit: Unit, form: Form, profile: DeviceProfile, context: int) -> tuple[int, int, int]:
+    """(resident bytes, those only looked up, file bytes of what is multiplied) of a unit in a form."""
+    role = role_of(unit)
+    resident = resident_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
+    looked_up = looked_up_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
+    return resident, looked_up, 0 if role == "embedding" else form_bytes(form, unit.rows, unit.cols)
 
 
 def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryEstimate, profile: DeviceProfile, budget: int, context: int) -> Plan:
@@ -191,7 +212,7 @@ def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryE
         moves=len(view.moves),
         file_bytes=file_bytes,
         ratio=file_bytes / int(loaded.identity["model"]["float16_bytes"]),
-        loss_nats=total_loss(view, solution.choice),
+        loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)),
         peak_bytes=memory.peak_bytes,
         memory=memory.to_dict(),
     )

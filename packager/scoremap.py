@@ -68,15 +68,22 @@ class ScoreMap:
     moves: tuple[Move, ...]
 
 
+def front(options: Iterable[Option]) -> tuple[Option, ...]:
+    """The options that no other beats in both bytes and loss, from most bytes to least."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.bytes, o.loss_nats, o.form.label)):
+        if not kept or option.loss_nats < kept[-1].loss_nats:
+            kept.append(option)
+    return tuple(reversed(kept))
+
+
 def hull(options: Iterable[Option]) -> tuple[Option, ...]:
     """The lower convex hull of (bytes, loss), from most bytes to least: each step down costs more per byte saved.
 
     An option that costs at least as many bytes as another without being better is left out.
     """
     chain: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.bytes, o.loss_nats, o.form.label)):
-        if chain and option.loss_nats >= chain[-1].loss_nats:
-            continue
+    for option in reversed(front(options)):
         while len(chain) >= 2 and _slope(chain[-2], chain[-1]) <= _slope(chain[-1], option):
             chain.pop()
         chain.append(option)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Pico, random_model
 from safetensors.numpy import save_file
-from transformers import BertConfig, GPT2Config
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from packager.bundle import GRAPH_FILE
 from packager.checkpoint import vectors
@@ -123,7 +123,7 @@ def check(skeleton: Skeleton, forms: Callable[[Source], str], folder: Path) -> N
     placements, model = place(skeleton, forms, folder)
     sizes = build(skeleton, placements, folder / "bundle")
     assert sizes == {item.name: sum(region.length for region in item.regions.values()) for item in placements}
-    assert_same_logits(torch_logits(model), run_window(full_logits_session(folder / "bundle", threads=1), IDS))
+    assert_same_logits(torch_logits(model), run_window(full_logits_session(folder / "bundle" / GRAPH_FILE, threads=1), IDS))
 
 
 def mixed(source: Source) -> str:
@@ -166,7 +166,7 @@ def test_float_embedding_beside_a_packed_head(skeletons: Callable[[str], Skeleto
 def test_kernels_with_8_bit_activations_stay_near(skeletons: Callable[[str], Skeleton], tmp_path: Path) -> None:
     placements, model = place(skeletons("llama"), mixed, tmp_path)
     build(skeletons("llama"), placements, tmp_path / "bundle", GraphOptions(context_tokens=128, accuracy_level=4))
-    found = run_window(full_logits_session(tmp_path / "bundle", threads=1), IDS)
+    found = run_window(full_logits_session(tmp_path / "bundle" / GRAPH_FILE, threads=1), IDS)
     expected = torch_logits(model)
     assert np.abs(found - expected).mean() < 0.1 * expected.std()
     assert not np.array_equal(found, expected)
@@ -260,7 +260,7 @@ def test_regions_anywhere_in_a_file_are_copied(skeletons: Callable[[str], Skelet
         moved.append(dataclasses.replace(item, regions=regions))
     joined.write_bytes(content)
     build(skeletons("llama"), moved, tmp_path / "bundle")
-    assert_same_logits(torch_logits(model), run_window(full_logits_session(tmp_path / "bundle", threads=1), IDS))
+    assert_same_logits(torch_logits(model), run_window(full_logits_session(tmp_path / "bundle" / GRAPH_FILE, threads=1), IDS))
 
 
 def test_same_inputs_write_the_same_graph(skeletons: Callable[[str], Skeleton], tmp_path: Path) -> None:
@@ -271,13 +271,17 @@ def test_same_inputs_write_the_same_graph(skeletons: Callable[[str], Skeleton], 
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-@pytest.mark.parametrize(("config", "architecture"), [(GPT2Config(n_layer=1, n_embd=32, n_head=2), "GPT2LMHeadModel"), (BertConfig(), "BertForMaskedLM")])
-def test_an_unsupported_architecture_is_named(config: Any, architecture: str, tmp_path: Path) -> None:
-    config.architectures = [architecture]
+@pytest.mark.parametrize(
+    ("kind", "config"), [(GPT2LMHeadModel, GPT2Config(n_layer=1, n_embd=32, n_head=2)), (BloomForCausalLM, BloomConfig(n_layer=1, hidden_size=32, n_head=2))]
+)
+def test_an_unsupported_architecture_is_named(kind: Any, config: Any, tmp_path: Path) -> None:
+    config.architectures = [kind.__name__]
     with pytest.raises(UnsupportedModelError) as caught:
-        export_skeleton(config, {}, "cpu", tmp_path)
-    assert architecture in str(caught.value)
-    assert "\n" not in str(caught.value)
+        export_skeleton(config, dict(vectors(kind(config))), "cpu", tmp_path)
+    assert str(caught.value) == (
+        f"architecture {kind.__name__} is not one the exporter knows: expected a decoder such as "
+        "LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM or Phi3ForCausalLM"
+    )
 
 
 def test_a_missing_vector_is_named(picos: Callable[[str], Pico], tmp_path: Path) -> None:
@@ -285,3 +289,23 @@ def test_a_missing_vector_is_named(picos: Callable[[str], Pico], tmp_path: Path)
     some = {name: tensor for name, tensor in vectors(model) if name != "model.norm.weight"}
     with pytest.raises(UnsupportedModelError, match=r"^the checkpoint has no model\.norm\.weight, which LlamaForCausalLM needs$"):
         export_skeleton(model.config, some, "cpu", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_windows_as_long_as_the_context_are_taken_out(name: str, skeletons: Callable[[str], Skeleton], tmp_path: Path) -> None:
+    placements, model = place(skeletons(name), mixed, tmp_path)
+    build(skeletons(name), placements, tmp_path / "bundle", GraphOptions(context_tokens=32, accuracy_level=0))
+    nodes = [node for node in ir.load(tmp_path / "bundle" / GRAPH_FILE).graph if node.op_type == "GroupQueryAttention"]
+    assert nodes
+    assert {node.attributes["local_window_size"].as_int() for node in nodes} == {-1}
+    assert not any("sliding_window_cache" in node.attributes for node in nodes)
+    found = run_window(full_logits_session(tmp_path / "bundle" / GRAPH_FILE, threads=1), IDS[:32])
+    assert_same_logits(torch_logits(model, IDS[:32]), found)
+
+
+@pytest.mark.parametrize(("name", "windows"), [("mistral", {48}), ("gemma3", {32, -1}), ("llama", {-1})])
+def test_layers_slide_where_the_model_says_so(name: str, windows: set[int], skeletons: Callable[[str], Skeleton], tmp_path: Path) -> None:
+    placements, _ = place(skeletons(name), mixed, tmp_path)
+    build(skeletons(name), placements, tmp_path / "bundle")
+    nodes = [node for node in ir.load(tmp_path / "bundle" / GRAPH_FILE).graph if node.op_type == "GroupQueryAttention"]
+    assert {node.attributes["local_window_size"].as_int() for node in nodes} == windows

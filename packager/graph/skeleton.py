@@ -14,7 +14,7 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Matrix:
 def meta_model(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     """The architecture of `config` with `vectors` (one-dimensional parameters by name) real and the rest on `meta`."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in list(model.named_parameters()):
         if parameter.dim() == 1:
             if name not in vectors:
@@ -63,7 +63,7 @@ def export_skeleton(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor
     architecture = (config.architectures or ["(none)"])[0]
     builder, base = _exporter()
     captured: list[ir.Model] = []
-    working = _flattened_rope(config)
+    working = _readable(config)
     model = meta_model(config, vectors)
     with tempfile.TemporaryDirectory() as scratch:
         # The exporter reads generation settings from the folder the config says it came from.
@@ -74,6 +74,7 @@ def export_skeleton(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor
             "load_weights": lambda self, path: model,
             "save_model": lambda self, folder: captured.append(self.model),
             "save_processing": lambda self, name, kwargs, folder: None,
+            "make_attention_qk_rope": _unturned_layers(base.make_attention_qk_rope),
         }
         with _patched(base, seams), _quiet() as log:
             try:
@@ -121,6 +122,19 @@ def _exporter() -> tuple[Any, Any]:
         return importlib.import_module("builder"), importlib.import_module("builders.base").Model
 
 
+def _unturned_layers(make_rope: Callable[..., tuple[str, str]]) -> Callable[..., tuple[str, str]]:
+    """The exporter's method that turns queries and keys, passed over for layers without rotary embedding.
+
+    For those layers of SmolLM3 the exporter takes the rotation out of the attention operator only to add it before.
+    """
+
+    def guarded(self: Any, layer_id: int, **kwargs: Any) -> tuple[str, str]:
+        turned = getattr(self, "no_rope_layers", None)
+        return make_rope(self, layer_id, **kwargs) if turned is None or turned[layer_id] else ("", "")
+
+    return guarded
+
+
 @contextlib.contextmanager
 def _patched(owner: Any, replacements: Mapping[str, Any]) -> Iterator[None]:
     saved = {name: getattr(owner, name) for name in replacements}
@@ -141,11 +155,12 @@ def _quiet() -> Iterator[io.StringIO]:
         yield log
 
 
-def _flattened_rope(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy whose rotary settings the exporter can read.
+def _readable(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy that the exporter reads as transformers does.
 
     transformers 5 nests `rope_parameters` by kind of layer for models such as Gemma 3; the exporter expects one flat
-    dict and, for the sliding layers, `rope_local_base_freq`.
+    dict and, for the sliding layers, `rope_local_base_freq`. Models such as Mistral slide in every layer and say so by
+    `sliding_window` alone; the exporter takes layers to slide only where `layer_types` says it.
     """
     copy = config.__class__.from_dict(config.to_dict())
     rope = getattr(copy, "rope_parameters", None)
@@ -153,6 +168,8 @@ def _flattened_rope(config: PretrainedConfig) -> PretrainedConfig:
         copy.rope_parameters = dict(rope["full_attention"])
         sliding = rope.get("sliding_attention") or {}
         copy.rope_local_base_freq = sliding.get("rope_theta", 10_000.0)
+    if getattr(copy, "sliding_window", None) and getattr(copy, "layer_types", None) is None:
+        copy.layer_types = ["sliding_attention"] * copy.num_hidden_layers
     return copy
 
 
@@ -173,7 +190,7 @@ def _detach_matrices(model: ir.Model) -> list[Matrix]:
             if isinstance(value.const_value, ir.LazyTensor) and value.const_value is not None:
                 value.const_value = ir.Tensor(value.const_value.numpy(), name=name)
             continue
-        first, second = int(shape[0]), int(shape[1])
+        first, second = shape.numpy()
         if name.endswith(MATRIX_SUFFIX):
             matrices.append(Matrix(name=name.removesuffix(MATRIX_SUFFIX), rows=second, cols=first))
         else:

@@ -53,6 +53,7 @@ def write_model(skeleton: Path, placements: Iterable[Placement], options: GraphO
     """
     model = ir.load(skeleton)
     _bound_rotary_caches(model.graph, options.context_tokens)
+    _open_wide_windows(model.graph, options.context_tokens)
     sizes: dict[str, int] = {}
     data_path = out.with_name(out.name + "_data")
     with data_path.open("wb") as data:
@@ -110,7 +111,7 @@ class _Surgeon:
             offset = self._align()
             content = tensor.tobytes()
             self._data.write(content)
-            value.const_value = self._external(name, tensor.dtype, tuple(int(side) for side in tensor.shape), offset, len(content))
+            value.const_value = self._external(name, tensor.dtype, tuple(tensor.shape.numpy()), offset, len(content))
 
     def _align(self) -> int:
         end = self._data.tell()
@@ -244,7 +245,19 @@ def _bound_rotary_caches(graph: ir.Graph, context_tokens: int) -> None:
     """Cut the rotary tables to the context: the exporter writes the model's longest, which is memory for nothing."""
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or not name.startswith(_ROTARY_PREFIXES) or int(tensor.shape[0]) <= context_tokens:
+        if tensor is None or not name.startswith(_ROTARY_PREFIXES) or tensor.shape.numpy()[0] <= context_tokens:
             continue
-        cut = ir.tensor(tensor.numpy()[:context_tokens].copy(), name=name)
-        value.const_value, value.shape = cut, ir.Shape(cut.shape)
+        cut = ir.Tensor(tensor.numpy()[:context_tokens].copy(), name=name)
+        value.const_value, value.shape = cut, cut.shape
+
+
+def _open_wide_windows(graph: ir.Graph, context_tokens: int) -> None:
+    """Make layers whose window spans the whole context ordinary ones: nothing slides there.
+
+    A windowed cache is only read by onnxruntime-genai, and only while it is no shorter than the window.
+    """
+    for node in graph:
+        window = node.attributes.get("local_window_size")
+        if window is not None and window.as_int() >= context_tokens:
+            node.attributes.pop("sliding_window_cache", None)
+            node.attributes.add(ir.AttrInt64("local_window_size", -1))

@@ -51,6 +51,7 @@ def _root(moment: Tensor) -> Tensor:
     mean = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny * 2**40)
     eye = torch.eye(size, device=moment.device)
     damping = _DAMPING
+    lower: Tensor
     for _ in range(6):
         lower, failed = torch.linalg.cholesky_ex(moment + damping * mean * eye)
         if not int(failed):

@@ -17,23 +17,27 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from packager.checkpoint import Checkpoint, vectors
-from packager.errors import ArtifactError, CalibrationError
+from packager.curve import Anchor, monotone
+from packager.errors import CalibrationError
 from packager.files import dump_json, published_folder, read_json, refuse_existing, sha256_file, sha256_json, write_text
 from packager.forms import parse_form
 from packager.geometry import read_geometry
+from packager.graph.packing import dequantize
 from packager.graph.skeleton import export_skeleton
-from packager.losses import mean_loss
 from packager.progress import Progress
-from packager.scoremap import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, Unit, make_map, map_tensors, read_identity
+from packager.scoremap import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors, read_identity
 from packager.scoring.calibration import Calibration, load_calibration
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.options import score_unit
+from packager.scoring.probes import Observer, Probe, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
 from packager.scoring.sources import Source, find_sources
+from packager.solver import choice_at, total_loss
 from packager.store import StoredTensor, join, read_header
 
 REFERENCE_FILE = "reference.safetensors"
@@ -41,6 +45,8 @@ SKELETON_FOLDER = "skeleton"
 SIDE_FOLDER = "model"
 _STATISTICS_BYTES = 3 << 30
 QUICK_TOKENS = 8192
+ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
+_NOISY_NATS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +89,6 @@ def score_model(
     matrices, nodes = export_skeleton(config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider)
     sources = find_sources(matrices, model)
     lap("skeleton")
-    losses = {"heldout_nats": mean_loss(model, calibration.heldout.to(device))}
     for number, group in enumerate(_groups(sources)):
         if all(_part(work, source.unit).exists() for source in group):
             continue
@@ -95,9 +100,11 @@ def score_model(
             progress.advance()
         (work / f"curvature-{number}.safetensors").unlink(missing_ok=True)
         lap(f"options {number}")
+    scoremap, measured = _measure(work, sources, model, calibration.heldout, progress)
+    lap("probes")
     progress.phase("writing the map", 1)
     with published_folder(out, force=force) as staging:
-        _assemble(work, sources, staging)
+        _write_store(work, sources, scoremap, staging)
         shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
         checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
@@ -118,7 +125,9 @@ def score_model(
             },
             "geometry": asdict(geometry),
             "calibration": {"text": calibration.description, "sha256": calibration.sha256, "tokens": calibration.windows.numel()},
-            "losses": losses,
+            "losses": {"heldout_nats": measured.heldout_nats},
+            "probes": [asdict(probe) for probe in measured.probes],
+            "anchors": [asdict(anchor) for anchor in measured.anchors],
             "settings": asdict(settings),
             "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
         }
@@ -209,12 +218,12 @@ def _part(work: Path, unit: Unit) -> Path:
 
 @torch.no_grad()
 def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: dict[str, Curvature], *, quick: bool) -> None:
-    """All options of one unit into one file, of which only those on the hull carry their bytes."""
+    """The options of one unit into one file: those that no other beats in both bytes and price."""
     path = _part(work, source.unit)
     if path.exists():
         return
     scored = {item.option.form.label: item for item in score_unit(source.unit, source.weight(model), curvature[source.unit.name], quick=quick)}
-    chain = make_map([source.unit], [[item.option for item in scored.values()]]).options[0]
+    chain = front([item.option for item in scored.values()])
     tensors = {f"{option.form.label}|{name}": tensor for option in chain for name, tensor in scored[option.form.label].tensors.items()}
     described = json.dumps([[option.form.label, option.bytes, option.loss_nats] for option in chain])
     temporary = path.with_suffix(".writing")
@@ -222,19 +231,70 @@ def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: d
     temporary.rename(path)
 
 
-def _assemble(work: Path, sources: Sequence[Source], out: Path) -> None:
-    """Join the units' files into one store, and write the score map."""
-    options: list[list[Option]] = []
+def _part_options(work: Path, source: Source) -> list[Option]:
+    _, metadata = read_header(_part(work, source.unit))
+    return [Option(form=parse_form(label), bytes=size, loss_nats=loss) for label, size, loss in json.loads(metadata["options"])]
+
+
+def _load_option(work: Path, source: Source, option: Option) -> torch.Tensor:
+    """The weights that an option of a unit stands for, from the unit's file."""
+    unit = source.unit
+    with safe_open(_part(work, unit), framework="numpy") as file:
+        tensors = {name: file.get_tensor(f"{option.form.label}|{name}") for name in option.form.tensors(unit.rows, unit.cols)}
+    return torch.from_numpy(dequantize(option.form, tensors, unit.rows, unit.cols))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measured:
+    """What the model itself said: its held-out loss, the probes of each class, and anchors along the map."""
+
+    heldout_nats: float
+    probes: tuple[Probe, ...]
+    anchors: tuple[Anchor, ...]
+
+
+@torch.no_grad()
+def _measure(work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, progress: Progress) -> tuple[ScoreMap, _Measured]:
+    """The map with its prices corrected by probes, and the curve through its anchors."""
+    units = [source.unit for source in sources]
+    options = [_part_options(work, source) for source in sources]
+
+    def load(source: Source, option: Option) -> torch.Tensor:
+        return _load_option(work, source, option)
+
+    sets = probe_sets(units, options)
+    progress.phase("probing what perturbations cost", len(sets) + len(ANCHOR_NATS) + 1)
+    observer = Observer(model, heldout)
+    progress.advance()
+    probes = []
+    for kind, chosen in sets.items():
+        with perturbed(model, sources, chosen, load):
+            divergence, _ = observer.measure()
+        probes.append(Probe(kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence))
+        progress.advance()
+    scoremap = make_map(units, corrected(units, options, multipliers(probes)))
+    anchors = []
+    for prefix in anchor_prefixes(scoremap, ANCHOR_NATS):
+        choice = choice_at(scoremap, prefix)
+        taken = {unit.name: chain[index] for unit, chain, index in zip(units, scoremap.options, choice, strict=True)}
+        with perturbed(model, sources, taken, load):
+            divergence, rise = observer.measure()
+        # Small rises drown in the noise of the text; there the divergence, which has none, stands for them.
+        measured = rise if rise > _NOISY_NATS else divergence
+        anchors.append(Anchor(priced_nats=total_loss(scoremap, choice), measured_nats=measured))
+        progress.advance()
+    return scoremap, _Measured(heldout_nats=observer.loss_nats, probes=tuple(probes), anchors=monotone(anchors))
+
+
+def _write_store(work: Path, sources: Sequence[Source], scoremap: ScoreMap, out: Path) -> None:
+    """Join what the map needs of the units' files into one store, and write the score map."""
     entries: list[tuple[str, StoredTensor]] = []
-    for source in sources:
-        tensors, metadata = read_header(_part(work, source.unit))
-        options.append([Option(form=parse_form(label), bytes=size, loss_nats=loss) for label, size, loss in json.loads(metadata["options"])])
-        for option in options[-1]:
+    for source, chain in zip(sources, scoremap.options, strict=True):
+        tensors, _ = read_header(_part(work, source.unit))
+        for option in chain:
             for name in option.form.tensors(source.unit.rows, source.unit.cols):
                 key = f"{option.form.label}|{name}"
-                if key not in tensors:
-                    raise ArtifactError(f"{source.unit.name}: option {key} was not written; score the model again")
                 entries.append((f"{source.unit.name}|{key}", tensors[key]))
     join(entries, out / STORE_FILE)
-    arrays, metadata = map_tensors(make_map([source.unit for source in sources], options))
+    arrays, metadata = map_tensors(scoremap)
     save_file(arrays, out / MAP_FILE, metadata=metadata)

@@ -81,7 +81,7 @@ def _layer_source(matrix: Matrix, model: torch.nn.Module) -> Source:
                     return Source(unit=unit, module=name, start=0, stop=matrix.rows)
             packed = f"{prefix}.{owner}.{_PACKED.get(role, '')}"
             if packed in modules:
-                start = _packed_start(role, model.get_submodule(packed).weight.shape[0], matrix.rows)
+                start = _packed_start(role, _shape(model, packed)[0], matrix.rows)
                 return Source(unit=unit, module=packed, start=start, stop=start + matrix.rows)
     raise UnsupportedModelError(f"the exported graph has a weight {matrix.name!r} for which {type(model).__name__} has no layer")
 
@@ -97,7 +97,15 @@ def _packed_start(role: str, total: int, rows: int) -> int:
             return total - rows
 
 
+def _shape(model: torch.nn.Module, module: str) -> tuple[int, ...]:
+    """Shape of a module's weight."""
+    parameter = model.get_submodule(module).weight
+    assert isinstance(parameter, torch.Tensor)
+    return tuple(parameter.shape)
+
+
 def _name_of(model: torch.nn.Module, module: object) -> str:
+    name: str
     for name, candidate in model.named_modules():
         if candidate is module:
             return name
@@ -107,7 +115,7 @@ def _name_of(model: torch.nn.Module, module: object) -> str:
 def _check(sources: Sequence[Source], model: torch.nn.Module) -> None:
     claimed: dict[str, int] = {}
     for source in sources:
-        shape = tuple(model.get_submodule(source.module).weight.shape)
+        shape = _shape(model, source.module)
         if shape[1] != source.unit.cols or source.stop > shape[0]:
             raise UnsupportedModelError(f"{source.unit.name} is {source.unit.rows} × {source.unit.cols} in the graph, its layer {source.module} is {shape}")
         claimed[source.module] = claimed.get(source.module, 0) + source.unit.rows
@@ -115,5 +123,5 @@ def _check(sources: Sequence[Source], model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Linear) and name not in claimed and module.weight is not model.get_input_embeddings().weight:  # type: ignore[operator]
             raise UnsupportedModelError(f"layer {name} of {type(model).__name__} has no weight in the exported graph")
     for name, rows in claimed.items():
-        if rows != model.get_submodule(name).weight.shape[0]:
-            raise UnsupportedModelError(f"layer {name}: {rows} of its {model.get_submodule(name).weight.shape[0]} rows are in the exported graph")
+        if rows != _shape(model, name)[0]:
+            raise UnsupportedModelError(f"layer {name}: {rows} of its {_shape(model, name)[0]} rows are in the exported graph")

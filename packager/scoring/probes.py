@@ -1,0 +1,146 @@
+"""What a perturbation really costs: the model is run with some units in compressed form.
+
+The prices of `rounding.price` are a second-order surrogate. Two corrections are measured on held-out windows:
+
+- a multiplier for each class of option (what bits, which third of the depth, or the vocabulary), from the divergence
+  of small perturbations of that class alone: it corrects the order of the moves;
+- a curve from summed prices to the measured rise of the loss, from a few prefixes of the finished map: below four
+  bits units interact, and the sum of their prices falls short.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packager.forms import BlockForm, FloatForm, LowRankForm
+from packager.scoremap import Option, ScoreMap, Unit
+from packager.scoring.sources import Source
+
+_BANDS = 3
+_PROBE_NATS = 0.08
+_LOGIT_LIMIT = 48 << 20
+_LEAST, _MOST = 0.25, 6.0
+
+Load = Callable[[Source, Option], Tensor]
+"""The (rows, cols) float32 weights that an option of a source's unit stands for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """One measurement: the class of option perturbed, its summed price, and what it cost, in nats per token."""
+
+    kind: str
+    predicted_nats: float
+    measured_nats: float
+
+
+class Observer:
+    """The model's own predictions on held-out windows (n, length), against which perturbed ones are held."""
+
+    def __init__(self, model: torch.nn.Module, windows: Tensor) -> None:
+        self._model = model
+        self._windows = windows.to(next(model.parameters()).device)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        length = windows.shape[1]
+        stride = max(2, math.ceil(windows.numel() * vocabulary / _LOGIT_LIMIT))
+        self._positions = torch.arange(stride - 1, length - 1, stride, device=self._windows.device)
+        self._log_chances, self.loss_nats = self._run()
+
+    @torch.no_grad()
+    def _run(self) -> tuple[Tensor, float]:
+        chances, losses = [], []
+        for window in self._windows:
+            logits = self._model(input_ids=window[None], use_cache=False).logits[0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], window[1:]))
+            chances.append(torch.log_softmax(logits[self._positions], dim=-1))
+        return torch.stack(chances), float(torch.stack(losses).double().mean())
+
+    def measure(self) -> tuple[float, float]:
+        """(divergence KL(original ‖ now), rise of the loss), both in nats per token."""
+        now, loss = self._run()
+        divergence = torch.nn.functional.kl_div(now, self._log_chances, reduction="none", log_target=True).sum(-1).double().mean()
+        return float(divergence), loss - self.loss_nats
+
+
+@contextlib.contextmanager
+def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping[str, Option], load: Load) -> Iterator[None]:
+    """The model with the chosen options (by unit name) in the place of its weights, which come back at the end."""
+    saved = []
+    try:
+        for source in sources:
+            option = chosen.get(source.unit.name)
+            if option is not None and not isinstance(option.form, FloatForm):
+                weight = source.weight(model)
+                saved.append((weight, weight.clone()))
+                weight.copy_(load(source, option).to(weight.device))
+        yield
+    finally:
+        for weight, original in saved:
+            weight.copy_(original)
+
+
+def kind_of(unit: Unit, option: Option, position: float) -> str:
+    """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1."""
+    match option.form:
+        case FloatForm():
+            return "float"
+        case BlockForm(bits=bits):
+            kind = f"{bits} bits"
+        case LowRankForm():
+            kind = "low rank"
+    return f"{kind}, vocabulary" if unit.kind != "linear" else f"{kind}, third {min(int(position * _BANDS), _BANDS - 1) + 1}"
+
+
+def probe_sets(units: Sequence[Unit], options: Sequence[Sequence[Option]]) -> dict[str, dict[str, Option]]:
+    """For each class, a few units spread over its band and their options, priced together at about 0.08 nats."""
+    candidates: dict[str, list[tuple[str, Option]]] = {}
+    for index, (unit, chain) in enumerate(zip(units, options, strict=True)):
+        by_kind: dict[str, list[Option]] = {}
+        for option in chain:
+            by_kind.setdefault(kind_of(unit, option, index / len(units)), []).append(option)
+        for kind, choices in by_kind.items():
+            candidates.setdefault(kind, []).append((unit.name, choices[len(choices) // 2]))
+    candidates.pop("float", None)
+    sets = {}
+    for kind, members in sorted(candidates.items()):
+        mean = sum(option.loss_nats for _, option in members) / len(members)
+        count = len(members) if mean <= 0 else max(1, min(len(members), round(_PROBE_NATS / mean)))
+        stride = len(members) / count
+        sets[kind] = dict(members[int(number * stride)] for number in range(count))
+    return sets
+
+
+def multipliers(probes: Sequence[Probe]) -> dict[str, float]:
+    """Measured over predicted for each class, within bounds that keep one odd probe from ruling the order."""
+    return {probe.kind: min(_MOST, max(_LEAST, probe.measured_nats / probe.predicted_nats)) for probe in probes if probe.predicted_nats > 0}
+
+
+def corrected(units: Sequence[Unit], options: Sequence[Sequence[Option]], factors: Mapping[str, float]) -> list[list[Option]]:
+    """Options with their prices multiplied by their class's factor (1 where there is none)."""
+    return [
+        [
+            Option(form=option.form, bytes=option.bytes, loss_nats=option.loss_nats * factors.get(kind_of(unit, option, index / len(units)), 1.0))
+            for option in chain
+        ]
+        for index, (unit, chain) in enumerate(zip(units, options, strict=True))
+    ]
+
+
+def anchor_prefixes(scoremap: ScoreMap, levels: Sequence[float]) -> list[int]:
+    """For each level of summed price in nats, the shortest prefix of the map's moves that reaches it."""
+    total, wanted, prefixes = sum(chain[0].loss_nats for chain in scoremap.options), sorted(levels), []
+    for count, move in enumerate(scoremap.moves, 1):
+        chain = scoremap.options[move.unit]
+        total += chain[move.option].loss_nats - chain[move.option - 1].loss_nats
+        while wanted and total >= wanted[0]:
+            prefixes.append(count)
+            wanted.pop(0)
+    if scoremap.moves and (not prefixes or prefixes[-1] != len(scoremap.moves)):
+        prefixes.append(len(scoremap.moves))
+    return sorted(set(prefixes))
