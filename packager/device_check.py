@@ -59,7 +59,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
                 continue
             begin, end = entry["data_offsets"]
             file.seek(start + begin)
-            tensors[name] = np.frombuffer(file.read(end - begin), kinds[entry["dtype"]]).reshape(entry["shape"])
+            tensors[name] = np.frombuffer(file.read(end - begin), kinds[entry["dtype"]]).reshape(entry["shape"]).copy()
     return tensors
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from packager.errors import ArtifactError
 
 _CHUNK = 1 << 20
+_MARKS = ("packager.json", "map.json")
+"""A folder that holds one of these is a bundle or a map, and may be replaced by another."""
 
 
 def sha256_file(path: Path) -> str:
@@ -42,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: the folder is incomplete, make it again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not readable JSON ({error}): the file is damaged, make it again") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -52,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def inner_path(root: Path, name: str) -> Path:
     """`root/name`, refused when `name` is absolute, climbs out with "..", or passes through a symbolic link."""
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or any(character in name for character in "\\:\0"):
         raise ArtifactError(f"path {name!r} leaves its folder {root}: refused")
     path = root
     for part in pure.parts:
@@ -81,9 +83,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """ArtifactError when `target` exists and may not be replaced."""
-    if target.exists() and not force:
+    """ArtifactError when `target` exists and may not be replaced: without `force`, or when it is no artefact of ours."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
         raise ArtifactError(f"{target} exists already: choose another name, or pass --force to replace it")
+    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not any((target / name).is_file() for name in _MARKS)):
+        raise ArtifactError(f"{target} is no map or bundle, so --force does not replace it: choose another name, or remove it yourself")
 
 
 @contextlib.contextmanager
@@ -112,14 +118,19 @@ def _swap(staging: Path, target: Path) -> None:
         staging.rename(target)
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.retired-", dir=target.parent))
-    target.rename(retired / "old")
     try:
-        staging.rename(target)
+        target.rename(retired / "old")
+        try:
+            staging.rename(target)
+        except BaseException:
+            (retired / "old").rename(target)
+            raise
     except BaseException:
-        (retired / "old").rename(target)
+        # Only when empty: an old folder that could not be put back is kept.
+        with contextlib.suppress(OSError):
+            retired.rmdir()
         raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _flush_tree(root: Path) -> None:

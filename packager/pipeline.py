@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.bundle import write_contents, write_manifest
+from packager.bundle import GOLDEN_FILE, write_contents, write_manifest
 from packager.files import published_folder, refuse_existing
 from packager.plan import LoadedMap, Plan, Request, load_map
 from packager.profile import DeviceProfile
@@ -73,7 +73,8 @@ class _Round:
 
 
 def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress) -> Built:
-    from packager.validate import golden_file, require_supported, validate_bundle
+    from packager import reference
+    from packager.validate import require_supported, validate_bundle
 
     require_supported(request.profile.provider)
     rounds = _closed_loop(loaded, request, plan, staging, progress)
@@ -82,10 +83,11 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
         _stage(loaded, chosen.plan, request.profile, staging, progress)
     plan = chosen.plan
     progress.phase("golden outputs in torch", 1)
-    golden_file(staging, write_manifest(staging, loaded, plan, measured=None))
+    torch_side = reference.load_reference(staging, write_manifest(staging, loaded, plan, measured=None))
+    reference.write_golden(torch_side, staging / GOLDEN_FILE, context_tokens=plan.context_tokens)
     progress.advance()
     manifest = write_manifest(staging, loaded, plan, measured=None)
-    report = validate_bundle(staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds])
+    report = validate_bundle(staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds], torch_side=torch_side)
     manifest = write_manifest(staging, loaded, plan, measured=report.measured)
     write_report(report, staging)
     return Built(plan=plan, manifest=manifest, report=report)

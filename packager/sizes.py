@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from packager.errors import UsageError
 
@@ -16,13 +17,14 @@ _UNITS = {
     "k": 2**10,
     "m": 2**20,
     "g": 2**30,
+    "t": 2**40,
     "kib": 2**10,
     "mib": 2**20,
     "gib": 2**30,
     "tib": 2**40,
 }
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
-_SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?|\.[0-9]{1,18})\s*([A-Za-z]*)\s*")
+_SHARE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*%\s*")
 
 
 def parse_size(text: str, *, of_bytes: int | None = None) -> int:
@@ -33,15 +35,16 @@ def parse_size(text: str, *, of_bytes: int | None = None) -> int:
     if share := _SHARE.fullmatch(text):
         if of_bytes is None:
             raise UsageError(f"{text!r} is a share, and there is no device memory to take it of: give bytes")
-        fraction = float(share.group(1)) / 100
+        fraction = Fraction(share.group(1)) / 100
         if not 0 < fraction <= 1:
             raise UsageError(f"{text!r} is not a share of the device's memory: expected above 0% and at most 100%")
-        return int(fraction * of_bytes)
-    match = _SIZE.fullmatch(text)
-    unit = match.group(2).lower() if match else ""
-    if match is None or unit not in _UNITS:
-        raise UsageError(f"{text!r} is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%")
-    size = int(float(match.group(1)) * _UNITS[unit])
+        size = int(fraction * of_bytes)
+    else:
+        match = _SIZE.fullmatch(text)
+        unit = match.group(2).lower() if match else ""
+        if match is None or unit not in _UNITS:
+            raise UsageError(f"{text!r} is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%")
+        size = int(Fraction(match.group(1)) * _UNITS[unit])
     if size <= 0:
         raise UsageError(f"{text!r} is not a size: expected more than zero bytes")
     return size

@@ -67,23 +67,25 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a whole safetensors file ({error})") from error
     if not isinstance(header, dict):
         raise ArtifactError(f"{path}: expected a JSON object as header, found {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ArtifactError(f"{path}: __metadata__ is not an object of strings")
     start = 8 + length
     return {name: _entry(path, name, entry, start, size) for name, entry in header.items()}, metadata
 
 
 def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(int(side) for side in entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         width = _WIDTHS[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: header entry {name!r} is malformed ({type(error).__name__}: {error})") from None
     if (
-        not (isinstance(begin, int) and isinstance(end, int))
+        not all(type(number) is int for number in (begin, end, *shape))
         or any(side < 0 for side in shape)
         or not 0 <= begin <= end
         or end - begin != math.prod(shape) * width

@@ -11,13 +11,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packager.bundle import GOLDEN_FILE
 from packager.errors import RuntimeCheckError
 from packager.limits import LimitedRun, run_limited
 from packager.progress import Progress
 from packager.report import Check, ValidationReport
+
+if TYPE_CHECKING:
+    from packager.reference import Reference
 
 PROMPT = "Name three things a small computer is good for."
 _RUNTIME_LOSS_LIMIT = 0.05
@@ -38,22 +41,20 @@ def measure_device(root: Path, budget_bytes: int | None, golden: Path | None = N
     return document, done
 
 
-def golden_file(root: Path, manifest: dict[str, Any]) -> None:
-    """Write the golden file of the bundle in `root`: what torch makes of fixed prompts with the same weights."""
-    from packager import reference
+def validate_bundle(
+    root: Path, manifest: dict[str, Any], *, progress: Progress, rounds: Sequence[dict[str, Any]] = (), torch_side: Reference | None = None
+) -> ValidationReport:
+    """Check the bundle in `root`. It needs no map and no source model.
 
-    torch_side = reference.load_reference(root, manifest)
-    reference.write_golden(torch_side, root / GOLDEN_FILE, context_tokens=int(manifest["bounds"]["context_tokens"]))
-
-
-def validate_bundle(root: Path, manifest: dict[str, Any], *, progress: Progress, rounds: Sequence[dict[str, Any]] = ()) -> ValidationReport:
-    """Check the bundle in `root`. It needs no map and no source model."""
+    `torch_side` is its reference where that was loaded already; a golden file is made for the occasion where the
+    bundle has none.
+    """
     from packager import reference, runtime
     from packager.losses import mean_loss
 
     budget = int(manifest["bounds"]["budget_bytes"])
     progress.phase("torch reference of the same weights", 2)
-    torch_side = reference.load_reference(root, manifest)
+    torch_side = torch_side or reference.load_reference(root, manifest)
     with tempfile.TemporaryDirectory() as scratch:
         golden = root / GOLDEN_FILE
         if not golden.is_file():
