@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def placements(loaded: LoadedMap, plan: Plan) -> Iterable[Placement]:
             if key not in tensors:
                 raise ArtifactError(f"{loaded.folder / STORE_FILE} has no {key!r}: store and map do not belong together, score the model again")
             regions[name] = tensors[key].region
-        yield Placement(name=unit.name, tied=unit.kind == "tied", rows=unit.rows, cols=unit.cols, form=form, regions=regions)
+        yield Placement(
+            name=unit.name, matrix=unit.matrix, start=unit.start, tied=unit.kind == "tied", rows=unit.rows, cols=unit.cols, form=form, regions=regions
+        )
 
 
 def genai_config(skeleton: Mapping[str, Any], plan: Plan, profile: DeviceProfile) -> dict[str, Any]:
@@ -116,9 +119,7 @@ def write_manifest(out: Path, loaded: LoadedMap, plan: Plan, *, measured: Mappin
         "plan_sha256": sha256_json(plan.to_dict()),
         "profile": plan.profile,
         "profile_sha256": plan.profile_sha256,
-        "units": [
-            {"name": unit.name, "kind": unit.kind, "rows": unit.rows, "cols": unit.cols, "form": plan.choices[unit.name]} for unit in loaded.scoremap.units
-        ],
+        "units": [asdict(unit) | {"form": plan.choices[unit.name]} for unit in loaded.scoremap.units],
         "bounds": {
             "budget_bytes": plan.budget_bytes,
             "context_tokens": plan.context_tokens,

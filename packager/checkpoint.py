@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from packager.errors import ArtifactError, ModelError, UnsupportedModelError
+from packager.errors import ArtifactError, ModelError, PackagerError, UnsupportedModelError
 from packager.files import read_json, sha256_file, sha256_json
 from packager.gguf_tokenizer import repaired_tokenizer
 from packager.store import read_header
@@ -52,24 +52,29 @@ class Checkpoint:
         kwargs: dict[str, Any] = {"gguf_file": self.files[0].name} if self.gguf else {}
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True, **kwargs)
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # a damaged file makes transformers raise anything
             raise UnsupportedModelError(f"{self.source}: transformers cannot read its configuration: {_first_line(error)}") from error
         if self.gguf and not config.architectures:
             config.architectures = [_causal_class(config)]
         return config
 
     def load(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """The model in `dtype`, checked for values that are not finite."""
+        """The model in `dtype`, checked for tensors that are missing and for values that are not finite."""
         kwargs: dict[str, Any] = {"gguf_file": self.files[0].name} if self.gguf else {"use_safetensors": True}
         transformers_logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, trust_remote_code=False, local_files_only=True, **kwargs).eval()
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True, **kwargs
+            )
+        except Exception as error:  # a damaged file makes transformers raise anything
             raise ModelError(f"{self.source} cannot be loaded: {_first_line(error)}") from error
+        # transformers only warns, and fills what is missing with random values.
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(f"{self.source} lacks the tensor {missing[0]} ({len(missing)} missing): the checkpoint is incomplete, download it again")
         for name, parameter in model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ModelError(f"{self.source}: {name} holds values that are not finite (NaN or infinity): the checkpoint is damaged")
-        loaded: torch.nn.Module = model
+        loaded: torch.nn.Module = model.eval()
         return loaded
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -78,7 +83,9 @@ class Checkpoint:
             if self.gguf:
                 return repaired_tokenizer(self.files[0])
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
-        except (ValueError, KeyError, OSError, AttributeError) as error:
+        except PackagerError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare exceptions
             raise ModelError(f"{self.source}: its tokenizer cannot be read: {_first_line(error)}") from error
         return tokenizer
 
@@ -121,11 +128,7 @@ def _folder(path: Path, source: str) -> Checkpoint:
         raise ModelError(f"{source} holds no config.json: expected a Hugging Face model folder with config.json, *.safetensors and a tokenizer")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError):
-            raise ModelError(f"{index} has no weight_map: the checkpoint is damaged") from None
-        files = tuple(path / name for name in names if "/" not in name and ".." not in name)
+        files = tuple(path / name for name in _shards(index))
         if missing := [file.name for file in files if not file.is_file()]:
             raise ModelError(f"{source} lacks {missing[0]}, which its index names ({len(missing)} of {len(files)} files missing)")
     else:
@@ -141,6 +144,20 @@ def _folder(path: Path, source: str) -> Checkpoint:
         except ArtifactError as error:
             raise ModelError(f"{error}: download the checkpoint again") from None
     return Checkpoint(source=source, name=path.resolve().name, folder=path, files=files, gguf=False)
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index of shards lists."""
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (ArtifactError, KeyError, AttributeError, TypeError):
+        names = set()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{index} has no weight_map of file names: the checkpoint is damaged, download it again")
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index} names {name!r}, which is not a safetensors file in its folder: the checkpoint is damaged, download it again")
+    return sorted(names)
 
 
 def _gguf(path: Path, *, name: str, source: str) -> Checkpoint:

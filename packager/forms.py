@@ -99,11 +99,30 @@ class LowRankForm:
         return {f"down.{name}": spec for name, spec in down.items()} | {f"up.{name}": spec for name, spec in up.items()}
 
 
-Form = FloatForm | BlockForm | LowRankForm
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SumForm:
+    """W ≈ first + second: `second` stores what `first` leaves over. 4 and 2 bits together do the work of 6, which
+    no kernel has."""
+
+    first: BlockForm
+    second: BlockForm
+
+    @property
+    def label(self) -> str:
+        """The form's name, which parse_form reads."""
+        return f"{self.first.label}+{self.second.label}"
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """The tensors of both, named `first.…` and `second.…`."""
+        parts = {"first": self.first.tensors(rows, cols), "second": self.second.tensors(rows, cols)}
+        return {f"{part}.{name}": spec for part, specs in parts.items() for name, spec in specs.items()}
+
+
+Form = FloatForm | BlockForm | LowRankForm | SumForm
 
 
 def parse_form(label: str) -> Form:
-    """The form a label names: "f32", "f16", "q4g64", "q2g32z", "r64.q8g32"."""
+    """The form a label names: "f32", "f16", "q4g64", "q2g32z", "q4g64z+q2g64", "r64.q8g32"."""
     if label in _FLOATS:
         return FloatForm(label=label)
     if match := _BLOCKS_LABEL.fullmatch(label):
@@ -115,7 +134,11 @@ def parse_form(label: str) -> Form:
         if rank % factors.block:
             raise ArtifactError(f"form {label!r}: rank {rank} is not a multiple of block {factors.block}")
         return LowRankForm(rank=rank, factors=factors)
-    raise ArtifactError(f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z] or r<rank>.q<bits>g<block>[z]")
+    if label.count("+") == 1:
+        first, second = (parse_form(part) for part in label.split("+"))
+        if isinstance(first, BlockForm) and isinstance(second, BlockForm):
+            return SumForm(first=first, second=second)
+    raise ArtifactError(f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of these with +, or r<rank>.q<bits>g<block>[z]")
 
 
 def form_bytes(form: Form, rows: int, cols: int) -> int:

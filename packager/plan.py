@@ -115,7 +115,7 @@ def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | 
         raise UsageError(f"budget {format_size(budget)} is more than the {format_size(profile.memory_bytes)} that {profile.name} has")
 
     def weigh(unit: Unit, form: Form) -> int:
-        return resident_bytes(form, unit.rows, unit.cols, role=role_of(unit), coefficients=profile.coefficients, context_tokens=context)
+        return _weigh(unit, form, loaded.geometry, profile, context)[0]
 
     def runs(unit: Unit, form: Form) -> bool:
         bits = form_bits(form)
@@ -170,7 +170,9 @@ def bounded_context(loaded: LoadedMap, profile: DeviceProfile, context_tokens: i
 
 def _estimator(geometry: Geometry, scoremap: ScoreMap, profile: DeviceProfile, context: int) -> Callable[[Sequence[int]], MemoryEstimate]:
     """choice → predicted memory. What each option weighs is worked out once: the solver asks hundreds of times."""
-    weights = [[_weigh(unit, option.form, profile, context) for option in chain] for unit, chain in zip(scoremap.units, scoremap.options, strict=True)]
+    weights = [
+        [_weigh(unit, option.form, geometry, profile, context) for option in chain] for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
+    ]
 
     def needed(choice: Sequence[int]) -> MemoryEstimate:
         taken = [chain[index] for chain, index in zip(weights, choice, strict=True)]
@@ -188,11 +190,13 @@ def _estimator(geometry: Geometry, scoremap: ScoreMap, profile: DeviceProfile, c
     return needed
 
 
-def _weigh(unit: Unit, form: Form, profile: DeviceProfile, context: int) -> tuple[int, int, int]:
+def _weigh(unit: Unit, form: Form, geometry: Geometry, profile: DeviceProfile, context: int) -> tuple[int, int, int]:
     """(resident bytes, those only looked up, file bytes of what is multiplied) of a unit in a form."""
-    role = role_of(unit)
-    resident = resident_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
-    looked_up = looked_up_bytes(form, unit.rows, unit.cols, role=role, coefficients=profile.coefficients, context_tokens=context)
+    role, coefficients = role_of(unit), profile.coefficients
+    # A part of the vocabulary is looked up by its share of the tokens.
+    tokens = -(-context * unit.rows // geometry.vocab)
+    resident = resident_bytes(form, unit.rows, unit.cols, role=role, coefficients=coefficients, context_tokens=tokens)
+    looked_up = looked_up_bytes(form, unit.rows, unit.cols, role=role, coefficients=coefficients, context_tokens=tokens)
     return resident, looked_up, 0 if role == "embedding" else form_bytes(form, unit.rows, unit.cols)
 
 

@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from packager.bundle import GRAPH_FILE, REFERENCE_FILE
 from packager.errors import ArtifactError
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, parse_form
-from packager.graph.layout import EMBEDDING
+from packager.forms import Form, parse_form
 from packager.graph.packing import dequantize
 from packager.graph.skeleton import Matrix
 from packager.scoring.sources import find_sources
@@ -53,7 +52,11 @@ def load_reference(root: Path, manifest: dict[str, Any]) -> Reference:
     stored = load_file(root / REFERENCE_FILE)
     config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    matrices = [Matrix(name=unit["name"], rows=unit["rows"], cols=unit["cols"]) for unit in manifest["units"]]
+    rows: dict[tuple[str, int], int] = {}
+    for unit in manifest["units"]:
+        key = (unit["matrix"], unit["cols"])
+        rows[key] = rows.get(key, 0) + unit["rows"]
+    matrices = [Matrix(name=name, rows=count, cols=cols) for (name, cols), count in rows.items()]
     sources = find_sources(matrices, model)
     graph = ir.load(root / GRAPH_FILE).graph
     with torch.no_grad():
@@ -61,27 +64,20 @@ def load_reference(root: Path, manifest: dict[str, Any]) -> Reference:
             if parameter.dim() == 1:
                 parameter.copy_(torch.from_numpy(stored[f"vector.{name}"]))
         for source, unit in zip(sources, manifest["units"], strict=True):
-            weights = _weights(graph, unit["name"], parse_form(unit["form"]), unit["rows"], unit["cols"], gathered=unit["kind"] == "embedding")
+            weights = _weights(graph, unit["name"], parse_form(unit["form"]), unit["rows"], unit["cols"])
             source.weight(model).copy_(torch.from_numpy(weights))
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     return Reference(model=model, tokenizer=tokenizer, heldout=torch.from_numpy(stored["heldout"].astype(np.int64)))
 
 
-def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int, *, gathered: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
-    def tensor(key: str) -> np.ndarray[Any, Any]:
-        value = graph.initializers.get(key)
-        if value is None or value.const_value is None:
-            raise ArtifactError(f"the graph has no {key}: graph and manifest do not belong together")
-        return np.asarray(value.const_value.numpy())
-
-    base = EMBEDDING if gathered else name
+def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The (rows, cols) matrix of unit `name`, from the initializers that surgery named after it."""
     tensors = {}
     for part in form.tensors(rows, cols):
-        match form:
-            case FloatForm() if name != EMBEDDING and f"{base}.weight" not in graph.initializers:
-                tensors[part] = tensor(f"{EMBEDDING}.weight")
-            case FloatForm() | BlockForm() | LowRankForm():
-                tensors[part] = tensor(f"{base}.{part}")
+        value = graph.initializers.get(f"{name}.{part}")
+        if value is None or value.const_value is None:
+            raise ArtifactError(f"the graph has no {name}.{part}: graph and manifest do not belong together")
+        tensors[part] = np.asarray(value.const_value.numpy())
     return dequantize(form, tensors, rows, cols)
 
 

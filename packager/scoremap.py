@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from packager.errors import ArtifactError
 from packager.files import read_json, sha256_file
-from packager.forms import BlockForm, Form, LowRankForm, form_bytes, parse_form
+from packager.forms import BlockForm, Form, LowRankForm, SumForm, form_bytes, parse_form
 
 SCHEMA = 1
 MAP_FILE = "scoremap.safetensors"
@@ -29,12 +29,17 @@ KINDS = ("linear", "head", "embedding", "tied")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A weight matrix that is compressed on its own. `tied`: the token embedding and the output head are one matrix."""
+    """What is compressed on its own: `rows` rows, from row `start`, of the exported graph's weight `matrix`.
+
+    Mostly a whole matrix. A vocabulary is cut where its tokens grow rare. Kind `tied`: embedding and head are one.
+    """
 
     name: str
     kind: str
     rows: int
     cols: int
+    matrix: str
+    start: int = 0
 
     @property
     def elements(self) -> int:
@@ -129,21 +134,18 @@ def reweighed(scoremap: ScoreMap, weigh: Callable[[Unit, Form], int]) -> ScoreMa
 
 
 def form_bits(form: Form) -> int | None:
-    """Bits of a form's codes, None for float."""
+    """Bits of a form's codes, of the first of two; None for float."""
     match form:
         case BlockForm(bits=bits):
             return bits
-        case LowRankForm(factors=BlockForm(bits=bits)):
+        case LowRankForm(factors=BlockForm(bits=bits)) | SumForm(first=BlockForm(bits=bits)):
             return bits
     return None
 
 
 def map_tensors(scoremap: ScoreMap) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Arrays and metadata of `scoremap.safetensors`."""
-    described = [
-        {"name": unit.name, "kind": unit.kind, "rows": unit.rows, "cols": unit.cols, "options": [option.form.label for option in chain]}
-        for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
-    ]
+    described = [asdict(unit) | {"options": [option.form.label for option in chain]} for unit, chain in zip(scoremap.units, scoremap.options, strict=True)]
     flat = [option for chain in scoremap.options for option in chain]
     arrays: dict[str, NDArray[Any]] = {
         "option_bytes": np.array([option.bytes for option in flat], np.int64),
@@ -171,7 +173,7 @@ def read_map(folder: Path) -> ScoreMap:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}): score the model again") from error
     units, chains, position = [], [], 0
     for entry in described:
-        unit = Unit(name=entry["name"], kind=entry["kind"], rows=entry["rows"], cols=entry["cols"])
+        unit = Unit(**{key: value for key, value in entry.items() if key != "options"})
         if unit.kind not in KINDS:
             raise ArtifactError(f"{path}: unit {unit.name} is of kind {unit.kind!r}: expected one of {', '.join(KINDS)}")
         chain = []

@@ -97,7 +97,7 @@ def place(skeleton: Skeleton, forms: Callable[[Source], str], folder: Path) -> t
         path = folder / f"{number}.safetensors"
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
         regions = {key: tensor.region for key, tensor in read_header(path)[0].items()}
-        placements.append(Placement(name=unit.name, tied=unit.kind == "tied", rows=unit.rows, cols=unit.cols, form=form, regions=regions))
+        placements.append(Placement(name=unit.name, matrix=unit.matrix, start=unit.start, tied=unit.kind == "tied", rows=unit.rows, cols=unit.cols, form=form, regions=regions))
         source.weight(model).copy_(torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols)))
     return placements, model
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, SumForm
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -68,6 +68,10 @@ def dequantize(form: Form, tensors: Mapping[str, NDArray[np.generic]], rows: int
     match form:
         case FloatForm():
             return np.asarray(tensors["weight"], dtype=np.float32)
+        case SumForm():
+            first = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("first.")}
+            second = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("second.")}
+            return dequantize(form.first, first, rows, cols) + dequantize(form.second, second, rows, cols)
         case LowRankForm():
             down = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("down.")}
             up = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("up.")}

@@ -7,7 +7,7 @@ building a size costs what copying it costs. A unit that meets no node, or a nod
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,8 +15,8 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from packager.errors import ExportError
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, TensorSpec
-from packager.graph.layout import EMBEDDING, HEAD
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, SumForm, TensorSpec
+from packager.graph.layout import EMBEDDING
 from packager.store import Region
 
 _DTYPES = {"uint8": ir.DataType.UINT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
@@ -28,9 +28,14 @@ _DOMAIN = "com.microsoft"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """One unit in its chosen form, and where each of its tensors lies."""
+    """One unit in its chosen form, and where each of its tensors lies.
+
+    The unit is `rows` rows, from row `start`, of the graph's weight `matrix`.
+    """
 
     name: str
+    matrix: str
+    start: int
     tied: bool
     rows: int
     cols: int
@@ -68,6 +73,14 @@ def write_model(skeleton: Path, placements: Iterable[Placement], options: GraphO
     return sizes
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Segment:
+    """A placed unit, and where in the data file each of its tensors lies."""
+
+    placement: Placement
+    tensors: dict[str, tuple[int, TensorSpec]]
+
+
 class _Surgeon:
     """One pass over one graph: holds the data file's end and the weights still waiting for their unit."""
 
@@ -78,9 +91,10 @@ class _Surgeon:
         self._options = options
         names = {value.name: value for value in graph.inputs if value.name and value.name.endswith(".weight")}
         self._waiting: dict[str, ir.Value] = names
+        self._segments: dict[str, list[_Segment]] = {}
 
     def place(self, placement: Placement) -> int:
-        """Copy the unit's bytes and rewire its nodes. Returns the bytes written."""
+        """Copy the unit's bytes; `finish` rewires its nodes. Returns the bytes written."""
         written, tensors = 0, {}
         specs = placement.form.tensors(placement.rows, placement.cols)
         if set(specs) != set(placement.regions):
@@ -91,14 +105,18 @@ class _Surgeon:
                 raise ExportError(f"{placement.name}.{name}: expected {spec.bytes} bytes for {spec.shape}, the store has {region.length}")
             tensors[name] = (self._copy(region), spec)
             written += spec.bytes
-        if placement.name == EMBEDDING or placement.tied:
-            self._place_gather(placement, tensors)
-        if placement.name != EMBEDDING or placement.tied:
-            self._place_matmul(placement, tensors)
+        self._segments.setdefault(placement.matrix, []).append(_Segment(placement=placement, tensors=tensors))
         return written
 
     def finish(self) -> None:
-        """Every weight must have met its unit."""
+        """Rewire every weight to its units' kernels; weights and units must meet one to one."""
+        for matrix, segments in self._segments.items():
+            segments.sort(key=lambda segment: segment.placement.start)
+            tied = segments[0].placement.tied
+            if matrix == EMBEDDING or tied:
+                self._rewire(f"{EMBEDDING}.weight", segments, self._gather)
+            if matrix != EMBEDDING:
+                self._rewire(f"{matrix}.MatMul.weight", segments, self._multiply)
         if self._waiting:
             raise ExportError(f"graph weights without a unit in the map: {sorted(self._waiting)}")
 
@@ -144,8 +162,8 @@ class _Surgeon:
         self._graph.register_initializer(value)
         return value
 
-    def _take(self, weight: str) -> ir.Node:
-        """The one node that reads graph weight `weight`, which no longer waits."""
+    def _rewire(self, weight: str, segments: Sequence[_Segment], make: Callable[[ir.Node, Sequence[_Segment]], list[ir.Node]]) -> None:
+        """Put the nodes that `make` returns in the place of the one node that reads `weight`."""
         value = self._waiting.pop(weight, None)
         if value is None:
             raise ExportError(f"unit {weight!r} meets no node of the graph: the map and its skeleton do not belong together")
@@ -153,90 +171,117 @@ class _Surgeon:
         if len(uses) != 1:
             raise ExportError(f"weight {weight!r} is read by {len(uses)} nodes: expected one")
         self._graph.inputs.remove(value)
-        return uses[0].node
-
-    def _replace(self, old: ir.Node, new: list[ir.Node]) -> None:
-        """Put `new` in the place of `old`; the last new node takes over its output, name and all."""
+        old = uses[0].node
+        rows = 0
+        for segment in segments:
+            if segment.placement.start != rows:
+                raise ExportError(f"{segment.placement.name} begins at row {segment.placement.start} of {weight!r}: expected {rows}")
+            rows += segment.placement.rows
+        new = make(old, segments)
         target, result = old.outputs[0], new[-1].outputs[0]
         result.name, result.type, result.shape = target.name, target.type, target.shape
         ir.convenience.replace_all_uses_with(target, result, replace_graph_outputs=True)
         self._graph.insert_before(old, new)
         self._graph.remove(old, safe=False)
 
-    def _place_matmul(self, placement: Placement, tensors: dict[str, tuple[int, TensorSpec]]) -> None:
-        name = HEAD if placement.tied else placement.name
-        old = self._take(f"{name}.MatMul.weight")
+    def _multiply(self, old: ir.Node, segments: Sequence[_Segment]) -> list[ir.Node]:
+        """The kernels of each segment of a matrix's rows, and what joins their outputs."""
         source = old.inputs[0]
         assert source is not None
-        base = old.name or name
-        match placement.form:
-            case FloatForm():
-                weight = self._initializer(f"{name}.weight", tensors["weight"])
-                new = [ir.Node(_DOMAIN, "FusedMatMul", [source, weight], [ir.AttrInt64("transB", 1)], name=base)]
-            case BlockForm() as form:
-                new = [self._blocks_node(base, name, source, form, "", tensors, placement.rows, placement.cols)]
-            case LowRankForm(rank=rank, factors=form):
-                down = self._blocks_node(f"{base}/down", f"{name}.down", source, form, "down.", tensors, rank, placement.cols)
-                inner = down.outputs[0]
-                inner.type, inner.name = source.type, f"{base}/down/output_0"
-                new = [down, self._blocks_node(f"{base}/up", f"{name}.up", inner, form, "up.", tensors, placement.rows, rank)]
-        self._replace(old, new)
+        if len(segments) == 1:
+            return self._product(old.name or "", source, segments[0])
+        nodes, products = [], []
+        for number, segment in enumerate(segments):
+            nodes += self._product(f"{old.name}/{number}", source, segment)
+            products.append(nodes[-1].outputs[0])
+        return [*nodes, ir.Node("", "Concat", products, [ir.AttrInt64("axis", -1)], name=f"{old.name}/Concat")]
 
-    def _blocks_node(
-        self,
-        node: str,
-        name: str,
-        source: ir.Value,
-        form: BlockForm,
-        prefix: str,
-        tensors: dict[str, tuple[int, TensorSpec]],
-        rows: int,
-        cols: int,
-    ) -> ir.Node:
-        """A MatMulNBits over the tensors whose names start with `prefix`."""
+    def _product(self, base: str, source: ir.Value, segment: _Segment) -> list[ir.Node]:
+        """The nodes that multiply by one segment; the last one's output is the product."""
+        unit = segment.placement
+        match unit.form:
+            case FloatForm():
+                weight = self._initializer(f"{unit.name}.weight", segment.tensors["weight"])
+                return [ir.Node(_DOMAIN, "FusedMatMul", [source, weight], [ir.AttrInt64("transB", 1)], name=base)]
+            case BlockForm() as form:
+                return [self._blocks_node(base, source, segment, form, "", unit.rows, unit.cols)]
+            case LowRankForm(rank=rank, factors=form):
+                down = self._blocks_node(f"{base}/down", source, segment, form, "down.", rank, unit.cols)
+                return [down, self._blocks_node(f"{base}/up", down.outputs[0], segment, form, "up.", unit.rows, rank)]
+            case SumForm(first=first, second=second):
+                coarse = self._blocks_node(f"{base}/coarse", source, segment, first, "first.", unit.rows, unit.cols)
+                fine = self._blocks_node(f"{base}/fine", source, segment, second, "second.", unit.rows, unit.cols)
+                return [coarse, fine, ir.Node("", "Add", [coarse.outputs[0], fine.outputs[0]], name=f"{base}/Add")]
+
+    def _blocks_node(self, node: str, source: ir.Value, segment: _Segment, form: BlockForm, prefix: str, rows: int, cols: int) -> ir.Node:
+        """A MatMulNBits over the segment's tensors whose names start with `prefix`."""
         inputs: list[ir.Value | None] = [source]
         for part in ("codes", "scales", "zeros") if form.zeros else ("codes", "scales"):
-            inputs.append(self._initializer(f"{name}.{part}", tensors[prefix + part]))
-        attributes = {
-            "K": cols,
-            "N": rows,
-            "bits": form.bits,
-            "block_size": form.block,
-            "accuracy_level": self._options.accuracy_level,
-        }
+            inputs.append(self._initializer(f"{segment.placement.name}.{prefix}{part}", segment.tensors[prefix + part]))
+        attributes = {"K": cols, "N": rows, "bits": form.bits, "block_size": form.block, "accuracy_level": self._options.accuracy_level}
         return ir.Node(_DOMAIN, "MatMulNBits", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=node)
 
-    def _place_gather(self, placement: Placement, tensors: dict[str, tuple[int, TensorSpec]]) -> None:
-        """The token embedding. Tied to the head, it reads the head's bytes under a shape of its own: the file holds
-        them once, and the mapping's pages are only touched for the tokens that occur."""
-        old = self._take(f"{EMBEDDING}.weight")
+    def _gather(self, old: ir.Node, segments: Sequence[_Segment]) -> list[ir.Node]:
+        """The token embedding. Each segment is looked up with the indices clipped to its rows, and the one that a token
+        falls in is selected."""
         indices = old.inputs[1]
         assert indices is not None
         base = old.name or EMBEDDING
-        if isinstance(placement.form, FloatForm):
-            table = self._initializer(f"{EMBEDDING}.weight", tensors["weight"])
-            self._replace(old, [ir.Node("", "Gather", [table, indices], name=base)])
-            return
-        if not isinstance(placement.form, BlockForm):
-            raise ExportError(f"{placement.name}: an embedding cannot be stored as {placement.form.label}")
-        form = placement.form
-        spec = tensors["codes"][1]
-        codes = self._initializer(f"{EMBEDDING}.codes", tensors["codes"], (spec.shape[0], spec.shape[1] * spec.shape[2]))
-        inputs: list[ir.Value | None] = [codes, indices, self._initializer(f"{EMBEDDING}.scales", tensors["scales"])]
+        if len(segments) == 1:
+            return self._lookup(base, indices, segments[0])
+        nodes: list[ir.Node] = []
+        found = []
+        for number, segment in enumerate(segments):
+            unit, part = segment.placement, f"{base}/{number}"
+            local = ir.Node("", "Sub", [indices, self._scalar(f"{part}/first", unit.start)], name=f"{part}/Sub")
+            bounds = [self._scalar(f"{part}/{role}", bound) for role, bound in (("least", 0), ("most", unit.rows - 1))]
+            clip = ir.Node("", "Clip", [local.outputs[0], *bounds], name=f"{part}/Clip")
+            nodes += [local, clip, *self._lookup(part, clip.outputs[0], segment)]
+            found.append(nodes[-1].outputs[0])
+        result = found.pop()
+        for number in reversed(range(len(found))):
+            part, unit = f"{base}/{number}", segments[number].placement
+            inside = ir.Node("", "Less", [indices, self._scalar(f"{part}/end", unit.start + unit.rows)], name=f"{part}/Less")
+            mask = ir.Node("", "Unsqueeze", [inside.outputs[0], self._vector(f"{part}/last", -1)], name=f"{part}/Unsqueeze")
+            select = ir.Node("", "Where", [mask.outputs[0], found[number], result], name=f"{part}/Where")
+            nodes += [inside, mask, select]
+            result = select.outputs[0]
+        return nodes
+
+    def _lookup(self, base: str, indices: ir.Value, segment: _Segment) -> list[ir.Node]:
+        """The nodes that look up rows of one segment.
+
+        A tied one reads the head's bytes under a shape of its own: the file holds them once, and of the mapping only
+        the pages of tokens that occur are touched.
+        """
+        unit = segment.placement
+        prefix = f"{unit.name}.lookup" if unit.tied else unit.name
+        form = unit.form
+        if isinstance(form, FloatForm):
+            return [ir.Node("", "Gather", [self._initializer(f"{prefix}.weight", segment.tensors["weight"]), indices], name=base)]
+        if not isinstance(form, BlockForm):
+            raise ExportError(f"{unit.name}: an embedding cannot be stored as {form.label}")
+        shape = segment.tensors["codes"][1].shape
+        codes = self._initializer(f"{prefix}.codes", segment.tensors["codes"], (shape[0], shape[1] * shape[2]))
+        inputs: list[ir.Value | None] = [codes, indices, self._initializer(f"{prefix}.scales", segment.tensors["scales"])]
         if form.zeros:
-            inputs.append(self._initializer(f"{EMBEDDING}.zeros", tensors["zeros"]))
+            inputs.append(self._initializer(f"{prefix}.zeros", segment.tensors["zeros"]))
         attributes = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
         gather = ir.Node(_DOMAIN, "GatherBlockQuantized", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=base)
-        nodes = [gather]
-        if form.blocks(placement.cols) * form.block != placement.cols:
-            gather.outputs[0].type, gather.outputs[0].name = old.outputs[0].type, f"{base}/padded"
-            bounds = [self._constant(f"{base}/{role}", number) for role, number in (("start", 0), ("end", placement.cols), ("axis", -1))]
-            nodes.append(ir.Node("", "Slice", [gather.outputs[0], *bounds], name=f"{base}/Slice"))
-        self._replace(old, nodes)
+        if form.blocks(unit.cols) * form.block == unit.cols:
+            return [gather]
+        bounds = [self._vector(f"{base}/{role}", number) for role, number in (("start", 0), ("stop", unit.cols), ("axis", -1))]
+        return [gather, ir.Node("", "Slice", [gather.outputs[0], *bounds], name=f"{base}/Slice")]
 
-    def _constant(self, name: str, number: int) -> ir.Value:
-        tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]), const_value=tensor)
+    def _scalar(self, name: str, number: int) -> ir.Value:
+        return self._integers(name, number, [])
+
+    def _vector(self, name: str, number: int) -> ir.Value:
+        return self._integers(name, [number], [1])
+
+    def _integers(self, name: str, content: int | list[int], shape: list[int]) -> ir.Value:
+        tensor = ir.tensor(content, dtype=ir.DataType.INT64, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(shape), const_value=tensor)
         self._graph.register_initializer(value)
         return value
 

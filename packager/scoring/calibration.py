@@ -107,9 +107,11 @@ def _jsonl_texts(path: Path) -> list[str]:
                 continue
             try:
                 text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise CalibrationError(f"{path}, line {number}: expected a JSON object with a field 'text'") from None
-            texts.append(str(text))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise CalibrationError(f"{path}, line {number}: expected a JSON object with a field 'text' of text")
+            texts.append(text)
             size += len(texts[-1])
             if size > _MOST_CHARACTERS:
                 break
@@ -124,6 +126,9 @@ def _parquet_texts(path: Path) -> list[str]:
         table = pyarrow.parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:
             raise CalibrationError(f"{path} has columns {table.schema_arrow.names}: expected a column 'text'")
+        kind = table.schema_arrow.field("text").type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise CalibrationError(f"{path}: its column 'text' holds {kind}: expected text")
         texts, size = [], 0
         for batch in table.iter_batches(columns=["text"], batch_size=1024):
             for value in batch.column(0).to_pylist():
@@ -132,5 +137,5 @@ def _parquet_texts(path: Path) -> list[str]:
             if size > _MOST_CHARACTERS:
                 break
         return texts
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         raise CalibrationError(f"{path} is not a readable Parquet file: {error}") from error

@@ -126,10 +126,10 @@ class _Collector:
             inputs = self._inputs[self._alias[source.module]] / self._tokens
             gradients = self._gradients[source.module][source.start : source.stop, source.start : source.stop] / self._tokens
             return Curvature(pairs=((inputs, gradients),))
-        head = (self._inputs["head"] / self._tokens, (self._variance / self._tokens).float())
+        head = (self._inputs["head"] / self._tokens, (self._variance / self._tokens).float()[source.start : source.stop])
         # Tokens that the sample lacks still occur: the model's own expectation of each token stands in for half.
         frequency = (0.5 * self._counts + 0.5 * self._mass) / self._tokens
-        lookup = (self._gradients["embedding"] / self._tokens, frequency.float())
+        lookup = (self._gradients["embedding"] / self._tokens, frequency.float()[source.start : source.stop])
         return Curvature(pairs={"head": (head,), "embedding": (lookup,), "tied": (head, lookup)}[source.unit.kind])
 
     def _input_hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, parse_form
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, SumForm, parse_form
 from packager.graph.packing import pack_blocks
 from packager.scoremap import Option, Unit
 from packager.scoring.curvature import Curvature
@@ -19,10 +19,16 @@ from packager.scoring.rounding import Rounded, gptq, inverse_factor, price, refi
 
 Arrays = dict[str, NDArray[np.generic]]
 
-LINEAR_FORMS = ("q8g64", "q8g128", "q8g256", "q4g32z", "q4g32", "q4g64z", "q4g64", "q4g128z", "q4g128", "q2g32z", "q2g64z", "q2g64", "q2g128z")
-VOCABULARY_FORMS = ("q8g64", "q8g128", "q4g32z", "q4g64z", "q4g64", "q4g128z")
-QUICK_LINEAR_FORMS = ("q8g64", "q4g32z", "q4g64z", "q2g32z", "q2g64")
+LINEAR_FORMS = (
+    *("q8g64", "q8g128", "q8g256"),
+    *("q4g64z+q2g64", "q4g128z+q2g128"),
+    *("q4g32z", "q4g64z", "q4g64", "q4g128z", "q4g128"),
+    *("q2g64", "q2g64z", "q2g128z"),
+)
+VOCABULARY_FORMS = ("q8g64", "q8g128", "q8g256", "q4g32z", "q4g64z", "q4g64", "q4g128z")
+QUICK_LINEAR_FORMS = ("q8g64", "q4g64z+q2g64", "q4g64z", "q2g64")
 QUICK_VOCABULARY_FORMS = ("q8g64", "q4g64z")
+_MOST_PADDING = 1.06
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
 _RANK_SHARES = (0.25, 0.5)
 
@@ -42,14 +48,21 @@ def forms_for(unit: Unit, *, quick: bool) -> list[Form]:
     else:
         labels = QUICK_VOCABULARY_FORMS if quick else VOCABULARY_FORMS
     forms: list[Form] = [FloatForm(label="f32")]
-    for form in (parse_form(label) for label in labels):
-        assert isinstance(form, BlockForm)
-        if form.block <= max(unit.cols, 32):
-            forms.append(form)
+    forms += [form for form in (parse_form(label) for label in labels) if _fits(form, unit.cols)]
     if unit.kind == "linear" and not quick:
         ranks = {int(min(unit.rows, unit.cols) * share) // _FACTORS.block * _FACTORS.block for share in _RANK_SHARES}
         forms += [LowRankForm(rank=rank, factors=_FACTORS) for rank in sorted(ranks) if rank >= _FACTORS.block]
     return forms
+
+
+def _fits(form: Form, cols: int) -> bool:
+    """Whether rows of `cols` fill the form's blocks: padding costs bytes and wins nothing. The narrow ones always may."""
+    match form:
+        case BlockForm(block=block):
+            return block <= 64 or form.blocks(cols) * block <= _MOST_PADDING * cols
+        case SumForm(first=first, second=second):
+            return _fits(first, cols) and _fits(second, cols)
+    return True
 
 
 def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool) -> Iterator[Scored]:
@@ -67,6 +80,12 @@ def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool
             case BlockForm():
                 rounded = refit_scales(weights, gptq(weights, factor, importance, form), hessian, form)
                 approximation, tensors = values(rounded, form), _packed(rounded, form)
+            case SumForm(first=first, second=second):
+                coarse = refit_scales(weights, gptq(weights, factor, importance, first), hessian, first)
+                left = weights - values(coarse, first)
+                fine = refit_scales(left, gptq(left, factor, importance, second), hessian, second)
+                approximation = values(coarse, first) + values(fine, second)
+                tensors = _prefixed("first", _packed(coarse, first)) | _prefixed("second", _packed(fine, second))
             case LowRankForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
                 approximation, tensors = _low_rank(weights, spectrum, form, hessian)
@@ -88,6 +107,10 @@ def _packed(rounded: Rounded, form: BlockForm) -> Arrays:
     return pack_blocks(form, rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
 
 
+def _prefixed(prefix: str, tensors: Arrays) -> Arrays:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
 def _low_rank(weights: Tensor, spectrum: Spectrum, form: LowRankForm, hessian: Tensor) -> tuple[Tensor, Arrays]:
     """Truncate, round the right factor under H, refit the left to it, round the left under what it then reads."""
     right = spectrum.right[: form.rank]
@@ -96,6 +119,5 @@ def _low_rank(weights: Tensor, spectrum: Spectrum, form: LowRankForm, hessian: T
     left = refit_left(weights, down, hessian)
     inner = down @ hessian @ down.T
     rounded_left = refit_scales(left, gptq(left, inverse_factor(inner), inner.diagonal(), form.factors), inner, form.factors)
-    tensors = {f"down.{name}": tensor for name, tensor in _packed(rounded_right, form.factors).items()}
-    tensors |= {f"up.{name}": tensor for name, tensor in _packed(rounded_left, form.factors).items()}
+    tensors = _prefixed("down", _packed(rounded_right, form.factors)) | _prefixed("up", _packed(rounded_left, form.factors))
     return values(rounded_left, form.factors) @ down, tensors

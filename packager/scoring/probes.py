@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, LowRankForm
+from packager.forms import BlockForm, FloatForm, LowRankForm, SumForm
 from packager.scoremap import Option, ScoreMap, Unit
 from packager.scoring.sources import Source
 
@@ -94,6 +94,8 @@ def kind_of(unit: Unit, option: Option, position: float) -> str:
             kind = f"{bits} bits"
         case LowRankForm():
             kind = "low rank"
+        case SumForm(first=first, second=second):
+            kind = f"{first.bits} + {second.bits} bits"
     return f"{kind}, vocabulary" if unit.kind != "linear" else f"{kind}, third {min(int(position * _BANDS), _BANDS - 1) + 1}"
 
 

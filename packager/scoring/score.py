@@ -81,7 +81,7 @@ def score_model(
     progress.phase("reading the model", 1)
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
     calibration = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
-    model = checkpoint.load().to(device)
+    model = checkpoint.load(_dtype(checkpoint)).to(device)
     model_hash = checkpoint.sha256()
     work = _work_folder(out, model_hash, calibration, settings)
     progress.advance()
@@ -139,6 +139,12 @@ def score_model(
     return {"identity": identity, "seconds": seconds}
 
 
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """float32 where the model fits in half the memory that is free, else bfloat16. Sums are float32 either way."""
+    stored = sum(path.stat().st_size for path in checkpoint.files)
+    return torch.float32 if 2 * stored < psutil.virtual_memory().available // 2 else torch.bfloat16
+
+
 def map_matches(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, calibration_paths: Sequence[Path]) -> bool:
     """Whether the map in `folder` is of this model, these settings and this text, so that it need not be made again."""
     if not (folder / IDENTITY_FILE).is_file():
@@ -189,7 +195,7 @@ def _curvature(
         return {
             name: Curvature(pairs=tuple((stored[f"{name}|{i}|h"], stored[f"{name}|{i}|g"]) for i in range(2) if f"{name}|{i}|h" in stored)) for name in names
         }
-    progress.phase("measuring curvature", len(calibration.windows))
+    progress.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
     done = 0
 
     def advance(count: int) -> None:

@@ -6,6 +6,7 @@ and packs some (`qkv_proj`, `gate_up_proj` in Phi-3). Every linear layer must be
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from packager.graph.layout import EMBEDDING, HEAD
 from packager.graph.skeleton import Matrix
 from packager.scoremap import Unit
 
+_CUT_ROWS = 2048
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)")
 _OWNERS = {"attn": ("self_attn", "attention", "attn"), "mlp": ("mlp", "feed_forward")}
 _ALIASES = {"o_proj": ("o_proj", "dense", "out_proj"), "down_proj": ("down_proj", "dense_4h_to_h"), "fc1": ("fc1",), "fc2": ("fc2",)}
@@ -40,7 +42,7 @@ class Source:
 
 
 def find_sources(matrices: Sequence[Matrix], model: torch.nn.Module) -> list[Source]:
-    """A source for every matrix; embedding and head become one tied unit where the model shares them.
+    """A source for every matrix; embedding and head are one where the model ties them, and are cut by rows.
 
     Raises UnsupportedModelError when a matrix has no source, or a linear layer is left over.
     """
@@ -52,17 +54,30 @@ def find_sources(matrices: Sequence[Matrix], model: torch.nn.Module) -> list[Sou
         if matrix.name == EMBEDDING:
             if tied:
                 continue
-            sources.append(_whole(matrix, "embedding", embedding))
+            sources += _vocabulary(matrix, "embedding", embedding)
         elif matrix.name == HEAD:
-            sources.append(_whole(matrix, "tied" if tied else "head", embedding if tied else _name_of(model, output)))
+            sources += _vocabulary(matrix, "tied" if tied else "head", embedding if tied else _name_of(model, output))
         else:
             sources.append(_layer_source(matrix, model))
     _check(sources, model)
     return sources
 
 
-def _whole(matrix: Matrix, kind: str, module: str) -> Source:
-    return Source(unit=Unit(name=matrix.name, kind=kind, rows=matrix.rows, cols=matrix.cols), module=module, start=0, stop=matrix.rows)
+def _vocabulary(matrix: Matrix, kind: str, module: str) -> list[Source]:
+    """A vocabulary's rows, cut in three where it is large.
+
+    Tokenizers number tokens by the order of their merges, so the first ones are the common ones: they pay for most of
+    the loss and for few of the bytes, and can afford more bits than the long tail.
+    """
+    cuts = [0, matrix.rows]
+    if matrix.rows >= _CUT_ROWS:
+        cuts = [0, matrix.rows // 12 // 64 * 64, matrix.rows // 3 // 64 * 64, matrix.rows]
+    sources = []
+    for start, stop in itertools.pairwise(cuts):
+        name = matrix.name if len(cuts) == 2 else f"{matrix.name}[{start}:{stop}]"
+        unit = Unit(name=name, kind=kind, rows=stop - start, cols=matrix.cols, matrix=matrix.name, start=start)
+        sources.append(Source(unit=unit, module=module, start=start, stop=stop))
+    return sources
 
 
 def _layer_source(matrix: Matrix, model: torch.nn.Module) -> Source:
@@ -70,7 +85,7 @@ def _layer_source(matrix: Matrix, model: torch.nn.Module) -> Source:
     if match is None:
         raise UnsupportedModelError(f"the exported graph has a weight {matrix.name!r} whose place in the model is not known")
     layer, block, role = match.groups()
-    unit = Unit(name=matrix.name, kind="linear", rows=matrix.rows, cols=matrix.cols)
+    unit = Unit(name=matrix.name, kind="linear", rows=matrix.rows, cols=matrix.cols, matrix=matrix.name)
     modules = {name for name, _ in model.named_modules()}
     prefixes = [name for name in modules if name.endswith(f"layers.{layer}")]
     for prefix in sorted(prefixes, key=len):

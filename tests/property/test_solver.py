@@ -24,7 +24,7 @@ def options_of(pairs: Sequence[tuple[int, float]]) -> list[Option]:
 
 
 def map_of(units: Sequence[Sequence[tuple[int, float]]]) -> ScoreMap:
-    return make_map([Unit(name=f"unit {number}", kind="linear", rows=8, cols=32) for number in range(len(units))], [options_of(pairs) for pairs in units])
+    return make_map([Unit(name=f"unit {number}", kind="linear", rows=8, cols=32, matrix=f"unit {number}") for number in range(len(units))], [options_of(pairs) for pairs in units])
 
 
 def within(scoremap: ScoreMap, budget: int) -> Solution | None:
@@ -161,7 +161,7 @@ def test_the_order_of_units_does_not_change_the_forms(units: list[list[tuple[int
 
 def test_ties_between_units_do_not_depend_on_their_order() -> None:
     """Layers of one shape with losses of exactly zero slope apart are common: equal slopes must be ordered by name."""
-    units = [Unit(name=name, kind="linear", rows=8, cols=32) for name in ("b", "a", "c")]
+    units = [Unit(name=name, kind="linear", rows=8, cols=32, matrix=name) for name in ("b", "a", "c")]
     chain = options_of([(100, 0.0), (50, 1.0), (25, 4.0)])
     one, other = make_map(units, [chain] * 3), make_map(units[::-1], [chain] * 3)
     for budget in range(75, 301):
