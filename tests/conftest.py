@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+
+# Tensors this small are slower on several threads than on one, far slower where cores are shared.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+# Nothing here may ask the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 VOCABULARY = 384
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

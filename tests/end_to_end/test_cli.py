@@ -1,0 +1,532 @@
+"""The command line from a model to a bundle and back, with pico models."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Pico
+from safetensors.numpy import load_file, save_file
+
+import packager.files
+import packager.graph.surgery
+import packager.store
+from packager.bars import Bars
+from packager.cli import main
+
+PROFILE = """\
+[device]
+description = "room for a pico model, whatever the process needs on this machine"
+memory = "1GiB"
+budget = "50%"
+threads = 1
+
+[runtime]
+chunk_tokens = 32
+
+[context]
+tokens = 512
+
+[memory]
+process_bytes = 134217728
+process_load_bytes = 134217728
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """How a command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def packager_(*arguments: object) -> Done:
+    """Run one command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stopped:  # argparse
+            code = int(stopped.code or 0)
+    return Done(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def succeed(*arguments: object) -> Done:
+    done = packager_(*arguments)
+    assert done.code == 0, f"{arguments}: {done.code}\n{done.out[-3000:]}\n{done.err[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profiles") / "pico-box.toml"
+    path.write_text(PROFILE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def maps(tmp_path_factory: pytest.TempPathFactory, picos: Callable[[str], Pico], calibration_text: Path) -> Callable[[str], Path]:
+    """Score maps of the pico models by name, each made once in a session. Tests must not write into them."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            out = tmp_path_factory.mktemp("maps") / f"{name}.map"
+            succeed("score", picos(name).folder, "-o", out, "--calibration", calibration_text, "--tokens", 2048, "--quick")
+            made[name] = out
+        return made[name]
+
+    return get
+
+
+def least_budget(folder: Path, profile: Path, *context: object) -> int:
+    """The least budget that a map fits, as an infeasible plan says it."""
+    done = packager_("plan", folder, "--profile", profile, "--budget", "1MiB", "--json", *context)
+    assert done.code == 4
+    return int(done.json["minimum_bytes"])
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, maps: Callable[[str], Path], profile: Path) -> Path:
+    """A bundle of the LLaMA at about half its choices, not validated. Tests must not write into it."""
+    out = tmp_path_factory.mktemp("bundles") / "llama.bundle"
+    budget = least_budget(maps("llama"), profile) + 40_000
+    succeed("build", maps("llama"), "--profile", profile, "--budget", budget, "-o", out, "--no-validate")
+    return out
+
+
+@pytest.fixture
+def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy.bundle"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# The way through
+
+
+def test_every_architecture_from_model_to_valid_bundle(pico: Pico, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    folder, out = maps(pico.name), tmp_path / "out.bundle"
+    budget = least_budget(folder, profile) + 40_000
+    plan = succeed("plan", folder, "--profile", profile, "--budget", budget, "--json").json
+    assert plan["peak_bytes"] <= budget
+    assert 0 < plan["prefix"] <= plan["moves"]
+    assert any(label.startswith("q") for label in plan["choices"].values())
+    succeed("build", folder, "--profile", profile, "--budget", budget, "-o", out, "--no-validate")
+    report = packager_("validate", out, "--json")
+    assert report.code == 0, report.out + report.err
+    checks = {check["name"]: check for check in report.json["checks"]}
+    assert all(check["passed"] is not False for check in checks.values())
+    assert abs(report.json["measured"]["heldout_nats"] - report.json["measured"]["torch_heldout_nats"]) < 0.05
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_build_is_validated_and_says_so(name: str, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.bundle"
+    done = succeed("build", maps(name), "--profile", profile, "-o", out, "--json")
+    assert done.json["report"]["passed"] is True
+    assert names(tmp_path) == ["out.bundle"]
+    assert {"report.json", "report.html", "golden.safetensors", "check.py", "SHA256SUMS", "packager.json"} <= set(names(out))
+    for line in (out / "SHA256SUMS").read_text().splitlines():
+        digest, _, file = line.partition("  ")
+        assert packager.files.sha256_file(out / file) == digest
+    assert succeed("validate", out, "--json").json["passed"] is True
+
+
+@pytest.mark.parametrize("context", [48, 128])
+def test_a_context_shorter_than_a_calibration_window(context: int, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.bundle"
+    done = succeed("build", maps("llama"), "--profile", profile, "--context", context, "-o", out, "--json")
+    assert done.json["report"]["passed"] is True
+    assert json.loads((out / "genai_config.json").read_text())["search"]["max_length"] == context
+
+
+@pytest.mark.parametrize("context", [48, 40, 49, 80])
+def test_a_sliding_window_about_as_long_as_the_context(context: int, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.bundle"
+    done = succeed("build", maps("mistral"), "--profile", profile, "--context", context, "-o", out, "--json")  # its window is 48
+    assert done.json["report"]["passed"] is True
+
+
+def test_pack_does_it_all_and_keeps_its_map(picos: Callable[[str], Pico], calibration_text: Path, profile: Path, tmp_path: Path) -> None:
+    arguments = ["pack", picos("llama").folder, "--profile", profile, "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+    first = succeed(*arguments, "-o", tmp_path / "one.bundle", "--json")
+    assert first.json["report"]["passed"] is True
+    assert names(tmp_path) == ["one.bundle", "pico-llama.map"]
+    written = (tmp_path / "pico-llama.map" / "map.json").stat().st_mtime_ns
+    second = succeed(*arguments, "-o", tmp_path / "two.bundle", "--json", "--no-validate")
+    assert (tmp_path / "pico-llama.map" / "map.json").stat().st_mtime_ns == written
+    assert second.json["plan"] == first.json["plan"]
+
+
+def test_inspect_says_what_lies_there(maps: Callable[[str], Path], bundle: Path) -> None:
+    described = succeed("inspect", maps("llama"), "--json").json
+    assert (described["kind"], described["units"]) == ("score map", 15)
+    assert described["model"]["architecture"] == "LlamaForCausalLM"
+    described = succeed("inspect", bundle, "--json").json
+    assert (described["kind"], described["profile"]) == ("bundle", "pico-box")
+    assert succeed("inspect", bundle / "plan.json", "--json").json["kind"] == "plan"
+    assert "llama" in succeed("inspect", bundle).out
+
+
+def test_run_speaks(bundle: Path) -> None:
+    done = succeed("run", bundle, "--prompt", "The first people", "--tokens", 8, "--json")
+    assert done.json["prompt"] == "The first people"
+    assert done.json["text"]
+    raw = succeed("run", bundle, "--prompt", "The first people", "--tokens", 8, "--raw").out
+    assert raw.strip()
+
+
+def test_run_refuses_a_prompt_longer_than_the_context(bundle: Path) -> None:
+    done = packager_("run", bundle, "--prompt", "word " * 600)
+    assert done.code == 1
+    assert "the bundle's context is 512: shorten the prompt or pack with a longer --context" in done.err
+
+
+def test_the_device_check_runs_by_itself(bundle_copy: Path) -> None:
+    succeed("validate", bundle_copy)
+    done = subprocess.run([sys.executable, "-I", bundle_copy / "check.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"] is True
+    with (bundle_copy / "onnx" / "model_q4.onnx_data").open("r+b") as file:
+        file.write(b"\x01")
+    done = subprocess.run([sys.executable, "-I", bundle_copy / "check.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+
+
+# The same inputs give the same bytes
+
+
+def test_plans_are_the_same_bytes(maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    budget = least_budget(maps("llama"), profile) + 40_000
+    for name in ("one.json", "two.json"):
+        succeed("plan", maps("llama"), "--profile", profile, "--budget", budget, "-o", tmp_path / name)
+    moved = shutil.copytree(maps("llama"), tmp_path / "elsewhere.map")
+    succeed("plan", moved, "--profile", profile, "--budget", budget, "-o", tmp_path / "three.json")
+    content = (tmp_path / "one.json").read_bytes()
+    assert content == (tmp_path / "two.json").read_bytes() == (tmp_path / "three.json").read_bytes()
+
+
+def test_scores_and_bundles_are_the_same_bytes(picos: Callable[[str], Pico], maps: Callable[[str], Path], calibration_text: Path, profile: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.map"
+    succeed("score", picos("llama").folder, "-o", again, "--calibration", calibration_text, "--tokens", 2048, "--quick")
+    files = {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(maps("llama")) for path in maps("llama").rglob("*") if path.is_file()}
+    assert [name for name in sorted(files) if (again / name).read_bytes() != (maps("llama") / name).read_bytes()] == []
+    for name in ("one", "two"):
+        succeed("build", again, "--profile", profile, "-o", tmp_path / name, "--no-validate")
+    built = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert [name for name in sorted(built) if (tmp_path / "one" / name).read_bytes() != (tmp_path / "two" / name).read_bytes()] == []
+
+
+# Exit codes
+
+
+def test_a_size_that_is_none_is_a_usage_error(maps: Callable[[str], Path], profile: Path) -> None:
+    done = packager_("plan", maps("llama"), "--profile", profile, "--budget", "12 parsecs")
+    assert done.code == 2
+    assert done.err == "packager: '12 parsecs' is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%\n"
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["frobnicate"], [], ["plan", "x", "--profile", "y", "--context", "many"]])
+def test_argparse_errors_are_usage_errors(arguments: list[str]) -> None:
+    assert packager_(*arguments).code == 2
+
+
+def test_an_infeasible_budget_is_4_and_says_the_minimum(maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    for verb, extra in (("plan", []), ("build", ["-o", tmp_path / "out.bundle"])):
+        done = packager_(verb, maps("llama"), "--profile", profile, "--budget", "100MiB", "--json", *extra)
+        assert done.code == 4
+        assert done.json["error"] == "InfeasibleBudgetError"
+        assert done.json["budget_bytes"] == 100 * 2**20
+        assert done.json["minimum_bytes"] > 128 * 2**20
+        assert names(tmp_path) == []
+    minimum = done.json["minimum_bytes"]
+    assert packager_("plan", maps("llama"), "--profile", profile, "--budget", minimum).code == 0
+    assert packager_("plan", maps("llama"), "--profile", profile, "--budget", minimum - 1).code == 4
+
+
+@pytest.mark.parametrize("context", [0, 32, 1025, -5])
+def test_a_context_the_model_does_not_have_is_a_usage_error(maps: Callable[[str], Path], profile: Path, context: int) -> None:
+    done = packager_("plan", maps("llama"), "--profile", profile, "--context", context)
+    assert done.code == 2
+    assert done.err == f"packager: context {context} tokens: expected more than 32 and at most 1024, the model's own\n"
+
+
+def test_an_existing_target_needs_force(picos: Callable[[str], Pico], maps: Callable[[str], Path], calibration_text: Path, profile: Path, tmp_path: Path) -> None:
+    bundle, folder = tmp_path / "out.bundle", tmp_path / "out.map"
+    build = ["build", maps("llama"), "--profile", profile, "-o", bundle, "--no-validate"]
+    score = ["score", picos("llama").folder, "-o", folder, "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+    for command, target in ((build, bundle), (score, folder)):
+        succeed(*command)
+        before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+        done = packager_(*command)
+        assert done.code == 1
+        assert done.err == f"packager: {target} exists already: choose another name, or pass --force to replace it\n"
+        assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+        succeed(*command, "--force")
+    assert names(tmp_path) == ["out.bundle", "out.map"]
+
+
+@pytest.mark.parametrize("verb", ["plan", "inspect", "validate", "run"])
+def test_a_folder_that_is_no_artefact(verb: str, profile: Path, tmp_path: Path) -> None:
+    extra = {"plan": ["--profile", profile], "run": ["--prompt", "x"]}.get(verb, [])
+    for path in (tmp_path, tmp_path / "missing"):
+        done = packager_(verb, path, *extra)
+        assert done.code == 1
+        assert done.err.startswith(f"packager: {path} is n")
+        assert done.err.count("\n") == 1
+
+
+def test_a_model_that_is_none(tmp_path: Path) -> None:
+    done = packager_("score", tmp_path / "missing", "-o", tmp_path / "out.map", "--json")
+    assert done.code == 1
+    assert done.json["error"] == "ModelError"
+    assert names(tmp_path) == []
+
+
+# Damage
+
+
+def damage(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("verb", ["validate", "run", "inspect"])
+@pytest.mark.parametrize("file", ["onnx/model_q4.onnx_data", "onnx/model_q4.onnx", "tokenizer.json", "genai_config.json", "reference.safetensors", "check.py"])
+def test_one_changed_byte_is_found(bundle_copy: Path, file: str, verb: str) -> None:
+    damage(bundle_copy / file, (bundle_copy / file).stat().st_size // 2)
+    done = packager_(verb, bundle_copy, *(["--prompt", "x"] if verb == "run" else []))
+    assert done.code == 1
+    assert done.err.startswith(f"packager: {bundle_copy / file} is not the file its manifest names")
+    assert done.err.count("\n") == 1
+
+
+def test_a_missing_file_is_found(bundle_copy: Path) -> None:
+    (bundle_copy / "tokenizer.json").unlink()
+    done = packager_("validate", bundle_copy)
+    assert (done.code, done.err) == (1, f"packager: {bundle_copy / 'tokenizer.json'} is missing: the bundle is incomplete, build it again\n")
+
+
+def test_a_link_in_the_place_of_a_file_is_refused(bundle_copy: Path, bundle: Path) -> None:
+    (bundle_copy / "tokenizer.json").unlink()
+    (bundle_copy / "tokenizer.json").symlink_to(bundle / "tokenizer.json")
+    done = packager_("validate", bundle_copy)
+    assert done.code == 1
+    assert "is a symbolic link: refused" in done.err
+
+
+def edited(change: Callable[[Any], None], path: Path) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("files"),
+        lambda manifest: manifest.update(files=3),
+        lambda manifest: manifest.update(files=[3]),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.update(files=[{"path": "../x", "role": "side", "bytes": 0, "sha256": ""}]),
+        lambda manifest: manifest.update(files=[{"path": 3, "role": "side", "bytes": 0, "sha256": ""}]),
+        lambda manifest: manifest["files"].pop(),
+        lambda manifest: manifest.update(schema=99),
+        lambda manifest: manifest.pop("bounds"),
+        lambda manifest: manifest.update(bounds={"budget_bytes": "much"}),
+        lambda manifest: manifest.pop("units"),
+        lambda manifest: manifest["units"].pop(),
+        lambda manifest: manifest["units"][0].update(form="q9g9"),
+        lambda manifest: manifest["units"][0].update(rows=3),
+        lambda manifest: manifest.update(surprise=1),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused_in_one_line(bundle_copy: Path, change: Callable[[Any], None]) -> None:
+    edited(change, bundle_copy / "packager.json")
+    done = packager_("validate", bundle_copy)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("packager: ")
+    assert str(bundle_copy) in done.err
+
+
+@pytest.mark.parametrize("file", ["scoremap.safetensors", "map.json"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+def test_a_map_with_one_changed_byte_makes_no_plan(maps: Callable[[str], Path], profile: Path, tmp_path: Path, file: str, share: float) -> None:
+    if file == "map.json":
+        pytest.skip("map.json is the root of the hashes: nothing names it")
+    folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
+    damage(folder / file, int((folder / file).stat().st_size * share))
+    done = packager_("plan", folder, "--profile", profile)
+    assert done.code == 1
+    assert done.err.startswith(f"packager: {folder}")
+    assert done.err.count("\n") == 1
+
+
+def test_a_map_with_a_changed_store_makes_no_bundle(maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
+    damage(folder / "store.safetensors", -5)
+    done = packager_("build", folder, "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate")
+    assert done.code == 1
+    assert names(tmp_path) == ["copy.map"]
+
+
+def test_a_map_of_a_later_version_is_refused(maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
+    edited(lambda identity: identity.update(schema=99), folder / "map.json")
+    done = packager_("plan", folder, "--profile", profile)
+    assert (done.code, done.err) == (1, f"packager: {folder / 'map.json'} has schema 99, this version reads 1: score the model again\n")
+
+
+def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
+    """Weights that are hashed as they are but are not what the reference was made of: the golden file must catch it."""
+    succeed("validate", bundle_copy)
+    golden = bundle_copy / "golden.safetensors"
+    if not golden.is_file():
+        # A bundle built without validation has no golden file of its own: give it one of other logits.
+        from packager.bundle import open_bundle
+        from packager.validate import golden_file
+
+        golden_file(bundle_copy, open_bundle(bundle_copy))
+    tensors = load_file(golden)
+    for name in list(tensors):
+        if name.endswith(".logits"):
+            tensors[name] = tensors[name][::-1].copy()
+    save_file(tensors, golden)
+
+    def admit(manifest: Any) -> None:
+        entry = {"path": "golden.safetensors", "role": "golden", "bytes": golden.stat().st_size, "sha256": packager.files.sha256_file(golden)}
+        manifest["files"] = [item for item in manifest["files"] if item["path"] != "golden.safetensors"] + [entry]
+
+    edited(admit, bundle_copy / "packager.json")
+    done = packager_("validate", bundle_copy, "--json")
+    assert done.code == 3, done.err
+    failed = [check["name"] for check in done.json["checks"] if check["passed"] is False]
+    assert failed == ["divergence of the next token from the reference, worst prompt"]
+
+
+# Interruptions and full disks
+
+
+class Stop:
+    """Raises `error` at the `moment`-th call."""
+
+    def __init__(self, moment: int, error: BaseException) -> None:
+        self.left, self.error = moment, error
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+
+def staged(folder: Path) -> list[str]:
+    return [name for name in names(folder) if "staging" in name or "retired" in name]
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 4, 6, 9])
+def test_ctrl_c_while_building_leaves_nothing(maps: Callable[[str], Path], profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    stop = Stop(moment, KeyboardInterrupt())
+    monkeypatch.setattr(Bars, "phase", stop)
+    monkeypatch.setattr(Bars, "advance", stop)
+    done = packager_("build", maps("llama"), "--profile", profile, "-o", tmp_path / "out.bundle")
+    assert stop.left == 0, "the build ended before the moment of the interruption"
+    assert done.code == 130
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4, 9, 25])
+def test_ctrl_c_while_scoring_leaves_nothing_under_the_name_and_resumes(
+    picos: Callable[[str], Pico], maps: Callable[[str], Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    out = tmp_path / "out.map"
+    command = ["score", picos("llama").folder, "-o", out, "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+    stop = Stop(moment, KeyboardInterrupt())
+    with monkeypatch.context() as patch:
+        patch.setattr(Bars, "phase", stop)
+        patch.setattr(Bars, "advance", stop)
+        assert packager_(*command).code == 130
+    assert stop.left == 0
+    assert not out.exists()
+    assert staged(tmp_path) == []
+    succeed(*command)
+    assert names(tmp_path) == ["out.map"]
+    for file in ("scoremap.safetensors", "store.safetensors"):
+        assert (out / file).read_bytes() == (maps("llama") / file).read_bytes()
+
+
+def test_ctrl_c_keeps_the_old_bundle(bundle_copy: Path, maps: Callable[[str], Path], profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle_copy.rglob("*")}
+    monkeypatch.setattr(Bars, "advance", Stop(1, KeyboardInterrupt()))
+    assert packager_("build", maps("llama"), "--profile", profile, "-o", bundle_copy, "--no-validate", "--force").code == 130
+    assert {path: path.stat().st_mtime_ns for path in bundle_copy.rglob("*")} == before
+    assert names(bundle_copy.parent) == ["copy.bundle"]
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_after(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    stop = Stop(count, FULL)
+
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        stop()
+        return function(*arguments, **named)
+
+    return guarded
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize("where", ["sendfile", "fsync", "copyfile"])
+def test_a_full_disk_while_building_leaves_nothing(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, count: int
+) -> None:
+    if where == "copyfile":
+        count = min(count, 4)
+    owner = shutil if where == "copyfile" else os
+    monkeypatch.setattr(owner, where, full_after(count, getattr(owner, where)))
+    done = packager_("build", maps("llama"), "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate")
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == "packager: No space left on device: free some space or choose another folder; nothing was left half-written"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("where", ["_copy", "fsync", "save_file"])
+def test_a_full_disk_while_scoring_leaves_nothing_under_the_name(
+    picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, count: int
+) -> None:
+    import packager.scoring.score
+
+    owner: Any = {"_copy": packager.store, "fsync": os, "save_file": packager.scoring.score}[where]
+    command = ["score", picos("llama").folder, "-o", tmp_path / "out.map", "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, full_after(count, getattr(owner, where)))
+        done = packager_(*command)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("packager: No space left on device")
+    assert not (tmp_path / "out.map").exists()
+    assert staged(tmp_path) == []
+    succeed(*command)
+    assert names(tmp_path) == ["out.map"]
