@@ -22,7 +22,6 @@ from packager.forms import BlockForm, FloatForm, LowRankForm, SumForm
 from packager.scoremap import Option, ScoreMap, Unit
 from packager.scoring.sources import Source
 
-_BANDS = 3
 _PROBE_NATS = 0.08
 _LOGIT_LIMIT = 48 << 20
 _LEAST, _MOST = 0.25, 6.0
@@ -85,8 +84,8 @@ def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping
             weight.copy_(original)
 
 
-def kind_of(unit: Unit, option: Option, position: float) -> str:
-    """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1."""
+def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
+    """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1, in one of `bands`."""
     match option.form:
         case FloatForm():
             return "float"
@@ -96,16 +95,16 @@ def kind_of(unit: Unit, option: Option, position: float) -> str:
             kind = "low rank"
         case SumForm(first=first, second=second):
             kind = f"{first.bits} + {second.bits} bits"
-    return f"{kind}, vocabulary" if unit.kind != "linear" else f"{kind}, third {min(int(position * _BANDS), _BANDS - 1) + 1}"
+    return f"{kind}, vocabulary" if unit.kind != "linear" else f"{kind}, depth {min(int(position * bands), bands - 1) + 1} of {bands}"
 
 
-def probe_sets(units: Sequence[Unit], options: Sequence[Sequence[Option]]) -> dict[str, dict[str, Option]]:
+def probe_sets(units: Sequence[Unit], options: Sequence[Sequence[Option]], bands: int) -> dict[str, dict[str, Option]]:
     """For each class, a few units spread over its band and their options, priced together at about 0.08 nats."""
     candidates: dict[str, list[tuple[str, Option]]] = {}
     for index, (unit, chain) in enumerate(zip(units, options, strict=True)):
         by_kind: dict[str, list[Option]] = {}
         for option in chain:
-            by_kind.setdefault(kind_of(unit, option, index / len(units)), []).append(option)
+            by_kind.setdefault(kind_of(unit, option, index / len(units), bands), []).append(option)
         for kind, choices in by_kind.items():
             candidates.setdefault(kind, []).append((unit.name, choices[len(choices) // 2]))
     candidates.pop("float", None)
@@ -123,11 +122,11 @@ def multipliers(probes: Sequence[Probe]) -> dict[str, float]:
     return {probe.kind: min(_MOST, max(_LEAST, probe.measured_nats / probe.predicted_nats)) for probe in probes if probe.predicted_nats > 0}
 
 
-def corrected(units: Sequence[Unit], options: Sequence[Sequence[Option]], factors: Mapping[str, float]) -> list[list[Option]]:
+def corrected(units: Sequence[Unit], options: Sequence[Sequence[Option]], factors: Mapping[str, float], bands: int) -> list[list[Option]]:
     """Options with their prices multiplied by their class's factor (1 where there is none)."""
     return [
         [
-            Option(form=option.form, bytes=option.bytes, loss_nats=option.loss_nats * factors.get(kind_of(unit, option, index / len(units)), 1.0))
+            Option(form=option.form, bytes=option.bytes, loss_nats=option.loss_nats * factors.get(kind_of(unit, option, index / len(units), bands), 1.0))
             for option in chain
         ]
         for index, (unit, chain) in enumerate(zip(units, options, strict=True))

@@ -45,6 +45,7 @@ SKELETON_FOLDER = "skeleton"
 SIDE_FOLDER = "model"
 _STATISTICS_BYTES = 3 << 30
 QUICK_TOKENS = 8192
+QUICK_ANCHOR_NATS = (0.01, 0.05, 0.2, 0.8)
 ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
 _NOISY_NATS = 0.05
 
@@ -100,7 +101,8 @@ def score_model(
             progress.advance()
         (work / f"curvature-{number}.safetensors").unlink(missing_ok=True)
         lap(f"options {number}")
-    scoremap, measured = _measure(work, sources, model, calibration.heldout, progress)
+    heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
+    scoremap, measured = _measure(work, sources, model, heldout, settings.quick, progress)
     lap("probes")
     progress.phase("writing the map", 1)
     with published_folder(out, force=force) as staging:
@@ -108,7 +110,7 @@ def score_model(
         shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
         checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
-        save_file(reference | {"heldout": calibration.heldout.numpy().astype("int32")}, staging / REFERENCE_FILE)
+        save_file(reference | {"heldout": heldout.numpy().astype("int32")}, staging / REFERENCE_FILE)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         genai = read_json(staging / SKELETON_FOLDER / settings.provider / "genai_config.json")
         geometry = read_geometry(config, nodes=nodes, tokenizer=staging / SIDE_FOLDER / "tokenizer.json", genai=genai)
@@ -260,7 +262,9 @@ class _Measured:
 
 
 @torch.no_grad()
-def _measure(work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, progress: Progress) -> tuple[ScoreMap, _Measured]:
+def _measure(
+    work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, quick: bool, progress: Progress
+) -> tuple[ScoreMap, _Measured]:
     """The map with its prices corrected by probes, and the curve through its anchors."""
     units = [source.unit for source in sources]
     options = [_part_options(work, source) for source in sources]
@@ -268,8 +272,9 @@ def _measure(work: Path, sources: Sequence[Source], model: torch.nn.Module, held
     def load(source: Source, option: Option) -> torch.Tensor:
         return _load_option(work, source, option)
 
-    sets = probe_sets(units, options)
-    progress.phase("probing what perturbations cost", len(sets) + len(ANCHOR_NATS) + 1)
+    bands, levels = (1, QUICK_ANCHOR_NATS) if quick else (3, ANCHOR_NATS)
+    sets = probe_sets(units, options, bands)
+    progress.phase("probing what perturbations cost", len(sets) + len(levels) + 2)
     observer = Observer(model, heldout)
     progress.advance()
     probes = []
@@ -278,9 +283,9 @@ def _measure(work: Path, sources: Sequence[Source], model: torch.nn.Module, held
             divergence, _ = observer.measure()
         probes.append(Probe(kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence))
         progress.advance()
-    scoremap = make_map(units, corrected(units, options, multipliers(probes)))
+    scoremap = make_map(units, corrected(units, options, multipliers(probes), bands))
     anchors = []
-    for prefix in anchor_prefixes(scoremap, ANCHOR_NATS):
+    for prefix in anchor_prefixes(scoremap, levels):
         choice = choice_at(scoremap, prefix)
         taken = {unit.name: chain[index] for unit, chain, index in zip(units, scoremap.options, choice, strict=True)}
         with perturbed(model, sources, taken, load):
