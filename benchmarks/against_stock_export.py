@@ -55,7 +55,7 @@ def main() -> None:
         write_contents(loaded, plan, profile, ours)
         stock_rise = None
         for name, graph in (("stock int4 export", stock), ("packager", ours / GRAPH_FILE)):
-            losses = graph_losses(graph, windows)
+            losses = graph_losses(graph, windows, cache_width=loaded.geometry.head_dim)
             rise = losses - original
             stock_rise = stock_rise if stock_rise is not None else rise.mean()
             predicted = f"{plan.loss_nats:.4f}" if name == "packager" else ""

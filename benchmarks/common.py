@@ -20,10 +20,12 @@ def text_windows(tokenizer: Any, path: Path, count: int) -> NDArray[np.int64]:
     return np.array(ids[: len(ids) // WINDOW * WINDOW], np.int64).reshape(-1, WINDOW)[:count]
 
 
-def graph_losses(graph: Path, windows: NDArray[np.int64]) -> NDArray[np.float64]:
+def graph_losses(graph: Path, windows: NDArray[np.int64], *, cache_width: int = 0) -> NDArray[np.float64]:
     """Mean loss in nats per token of each window's second half, on ONNX Runtime (llama.cpp's way of scoring)."""
     session = full_logits_session(graph)
-    return np.array([token_losses(run_window(session, window), window)[WINDOW // 2 - 1 :].mean(dtype=np.float64) for window in windows])
+    return np.array(
+        [token_losses(run_window(session, window, cache_width=cache_width), window)[WINDOW // 2 - 1 :].mean(dtype=np.float64) for window in windows]
+    )
 
 
 def torch_losses(model: Any, windows: NDArray[np.int64]) -> NDArray[np.float64]:

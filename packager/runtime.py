@@ -41,8 +41,8 @@ def token_losses(logits: NDArray[np.float32], window: NDArray[np.int64]) -> NDAr
     return losses
 
 
-def run_window(session: ort.InferenceSession, window: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits (length, vocabulary) of one window from an empty cache."""
+def run_window(session: ort.InferenceSession, window: NDArray[np.int64], *, cache_width: int = 0) -> NDArray[np.float32]:
+    """Logits (length, vocabulary) of one window from an empty cache, `cache_width` wide where the graph leaves it open."""
     feeds: dict[str, Any] = {}
     for value in session.get_inputs():
         if value.name == "input_ids":
@@ -52,7 +52,7 @@ def run_window(session: ort.InferenceSession, window: NDArray[np.int64]) -> NDAr
         elif value.name == "position_ids":
             feeds[value.name] = np.arange(len(window), dtype=np.int64)[None]
         else:
-            shape = [1, value.shape[1], 0, value.shape[3]]
+            shape = [1, value.shape[1], 0, value.shape[3] if isinstance(value.shape[3], int) else cache_width]
             feeds[value.name] = np.zeros(shape, {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[value.type])
     logits: NDArray[np.float32] = session.run(["logits"], feeds)[0][0]
     return logits

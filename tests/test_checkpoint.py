@@ -19,11 +19,15 @@ from packager.errors import ModelError, UnsupportedModelError
 
 def refused(source: Path | str, kind: type[ModelError] = ModelError) -> str:
     """Open and load `source` as scoring does; the one line of the error it must end in."""
-    with pytest.raises(kind) as caught:
+
+    def read() -> None:
         checkpoint = open_checkpoint(str(source))
         checkpoint.config()
         checkpoint.tokenizer()
         checkpoint.load()
+
+    with pytest.raises(kind) as caught:
+        read()
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     return str(caught.value)

@@ -15,6 +15,11 @@ from hypothesis import strategies as st
 from packager.errors import ArtifactError
 from packager.files import dump_json, inner_path, published_folder, read_json, sha256_file, sha256_json, write_text
 
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4), max_leaves=10)
 
@@ -92,7 +97,7 @@ def test_write_text_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     write_text(path, "one")
     write_text(path, "twö")
     assert path.read_text(encoding="utf-8") == "twö"
-    assert os.listdir(path.parent) == ["file.txt"]
+    assert names(path.parent) == ["file.txt"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
     def full(handle: int) -> None:
@@ -102,7 +107,7 @@ def test_write_text_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "three")
     assert path.read_text(encoding="utf-8") == "twö"
-    assert os.listdir(path.parent) == ["file.txt"]
+    assert names(path.parent) == ["file.txt"]
 
 
 def _umask() -> int:
@@ -122,7 +127,7 @@ def test_a_folder_is_published_whole(tmp_path: Path) -> None:
     target = tmp_path / "new" / "bundle"
     _publish(target, "one")
     assert (target / "inner" / "file").read_text() == "one"
-    assert os.listdir(target.parent) == ["bundle"]
+    assert names(target.parent) == ["bundle"]
     assert target.stat().st_mode & 0o777 == 0o755
 
 
@@ -139,7 +144,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) ->
     with pytest.raises(error), published_folder(tmp_path / "bundle") as staging:  # noqa: PT012  both raise together
         (staging / "half").write_text("")
         raise error
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
@@ -150,7 +155,7 @@ def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
         assert (target / "packager.json").read_text() == "old"
         raise RuntimeError
     assert (target / "packager.json").read_text() == "old"
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names(tmp_path) == ["bundle"]
 
 
 def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
@@ -160,7 +165,7 @@ def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
     _publish(target, "new", force=True)
     assert (target / "packager.json").read_text() == "new"
     assert not (target / "report.json").exists()
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names(tmp_path) == ["bundle"]
 
 
 def test_an_existing_target_needs_force(tmp_path: Path) -> None:
@@ -215,7 +220,7 @@ def test_a_rename_that_fails_keeps_the_old_folder(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="refused"):
         _publish(target, "new", force=True)
     assert (target / "packager.json").read_text() == "old"
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names(tmp_path) == ["bundle"]
 
 
 def test_an_old_folder_that_cannot_be_put_back_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

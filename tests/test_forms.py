@@ -7,25 +7,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, LowRankForm, form_bytes, parse_form
+from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, SumForm, form_bytes, parse_form
 
 block_forms = st.builds(BlockForm, bits=st.sampled_from(BITS), block=st.sampled_from(BLOCKS), zeros=st.booleans())
 factored = st.builds(lambda form, times: LowRankForm(rank=form.block * times, factors=form), block_forms, st.integers(1, 9))
-forms = st.one_of(st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")]), block_forms, factored)
+sums = st.builds(SumForm, first=block_forms, second=block_forms)
+forms = st.one_of(st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")]), block_forms, factored, sums)
 
 
 @given(forms)
-def test_labels_name_their_forms(form: FloatForm | BlockForm | LowRankForm) -> None:
+def test_labels_name_their_forms(form: Form) -> None:
     assert parse_form(form.label) == form
 
 
 @pytest.mark.parametrize(
-    "label", ["", "f64", "q3g32", "q4g48", "q4g32x", "q4g32zz", "Q4g32", " q4g32", "q4g32\n", "r0.q4g32", "r032.q4g32", "r32.f32", "r32", "r32.r32.q4g32", "q4g٣٢"]
+    "label",
+    [
+        "",
+        "f64",
+        "q3g32",
+        "q4g48",
+        "q4g32x",
+        "q4g32zz",
+        "Q4g32",
+        " q4g32",
+        "q4g32\n",
+        "r0.q4g32",
+        "r032.q4g32",
+        "r32.f32",
+        "r32",
+        "r32.r32.q4g32",
+        "q4g٣٢",
+        "q4g32+f32",
+        "r32.q4g32+q2g32",
+        "q4g32+q4g32+q4g32",
+        "f32+f32",
+    ],
 )
 def test_unknown_labels_are_refused(label: str) -> None:
     with pytest.raises(ArtifactError) as caught:
         parse_form(label)
-    assert str(caught.value) == f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z] or r<rank>.q<bits>g<block>[z]"
+    assert str(caught.value) == f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of these with +, or r<rank>.q<bits>g<block>[z]"
 
 
 def test_a_rank_is_whole_blocks() -> None:
@@ -35,7 +57,7 @@ def test_a_rank_is_whole_blocks() -> None:
 
 
 @given(forms, st.integers(1, 3000), st.integers(1, 3000))
-def test_bytes_are_the_sum_of_the_tensors(form: FloatForm | BlockForm | LowRankForm, rows: int, cols: int) -> None:
+def test_bytes_are_the_sum_of_the_tensors(form: Form, rows: int, cols: int) -> None:
     assert form_bytes(form, rows, cols) == sum(spec.bytes for spec in form.tensors(rows, cols).values()) > 0
 
 
@@ -50,6 +72,7 @@ def test_bytes_of_known_shapes() -> None:
     assert form_bytes(parse_form("q4g32z"), 1, 96) == 3 * 20 + 2
     assert form_bytes(parse_form("q2g16z"), 1, 80) == 5 * (4 + 4) + 2
     assert form_bytes(parse_form("r32.q4g32"), 10, 64) == 32 * 2 * 20 + 10 * 20
+    assert form_bytes(parse_form("q4g32+q2g64"), 3, 64) == 3 * (2 * 20 + 20)
 
 
 @given(block_forms, st.integers(1, 1000), st.integers(1, 1000))

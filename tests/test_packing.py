@@ -86,9 +86,7 @@ def test_the_matmul_kernel_reads_these_bytes(bits: int, block: int, zeros: bool,
     scales = generator.uniform(0.5, 1.5, (rows, blocks)).astype(np.float32)
     points = generator.integers(0, 2**bits, (rows, blocks)).astype(np.uint8) if zeros else None
     tensors = pack_blocks(form, codes, scales, points)
-    node = helper.make_node(
-        "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", K=cols, N=rows, bits=bits, block_size=block, accuracy_level=0
-    )
+    node = helper.make_node("MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", K=cols, N=rows, bits=bits, block_size=block, accuracy_level=0)
     session = _session(node, [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, cols])], tensors, "y")
     x = generator.normal(size=(3, cols)).astype(np.float32)
     expected = x @ dequantize(form, tensors, rows, cols).T
@@ -106,9 +104,7 @@ def test_the_gather_kernel_reads_these_bytes(bits: int, zeros: bool, cols: int) 
     tensors = pack_blocks(form, generator.integers(0, 2**bits, (9, cols)).astype(np.uint8), generator.normal(size=(9, blocks)).astype(np.float32), points)
     flat = tensors | {"codes": tensors["codes"].reshape(9, -1)}
     inputs = ["codes", "ids", "scales", *(["zeros"] if zeros else [])]
-    node = helper.make_node(
-        "GatherBlockQuantized", inputs, ["y"], domain="com.microsoft", bits=bits, block_size=64, gather_axis=0, quantize_axis=1
-    )
+    node = helper.make_node("GatherBlockQuantized", inputs, ["y"], domain="com.microsoft", bits=bits, block_size=64, gather_axis=0, quantize_axis=1)
     session = _session(node, [helper.make_tensor_value_info("ids", TensorProto.INT64, [3])], flat, "y")
     ids = np.array([8, 0, 3])
     np.testing.assert_allclose(session.run(None, {"ids": ids})[0][:, :cols], dequantize(form, tensors, 9, cols)[ids], rtol=1e-6)

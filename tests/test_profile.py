@@ -84,7 +84,10 @@ def test_a_file_by_path(tmp_path: Path) -> None:
 
 
 def test_malformed_toml_is_located() -> None:
-    assert message(GOOD.replace('budget = "50%"', "budget = 50%")) == "box.toml: not valid TOML: Expected newline or end of document after a statement (at line 3, column 12)"
+    assert (
+        message(GOOD.replace('budget = "50%"', "budget = 50%"))
+        == "box.toml: not valid TOML: Expected newline or end of document after a statement (at line 3, column 12)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,22 +98,32 @@ def test_malformed_toml_is_located() -> None:
         ("[runtime]", "[runtime]\n[extra]", "unknown section [extra]: expected [device], [runtime], [context], [memory]"),
         ("[runtime]", "", "section [runtime] is missing"),
         ("tokens = 512", "", "key 'tokens' is missing"),
-        ("tokens = 512", "tokens = 16", "context.tokens 16: expected at least 33"),
+        pytest.param("tokens = 512", "tokens = 16", "context.tokens 16: expected at least 33", id="a context too short"),
         ("tokens = 512", 'tokens = "512"', "tokens is '512': expected int"),
         ("tokens = 512", "tokens = true", "tokens is True: expected int"),
-        ('memory = "256MiB"', 'memory = "12 parsecs"', "device.memory: '12 parsecs' is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%"),
+        (
+            'memory = "256MiB"',
+            'memory = "12 parsecs"',
+            "device.memory: '12 parsecs' is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%",
+        ),
         ('memory = "256MiB"', 'memory = "50%"', "device.memory: '50%' is a share, and there is no device memory to take it of: give bytes"),
         ('budget = "50%"', 'budget = "1GiB"', "device.budget 1073741824 is more than device.memory 268435456"),
-        ('budget = "50%"', 'budget = "50%"\nthreads = -1', "device.threads -1: expected at least 0"),
+        pytest.param('budget = "50%"', 'budget = "50%"\nthreads = -1', "device.threads -1: expected at least 0", id="threads below zero"),
         ("[runtime]", '[runtime]\nprovider = "tpu"', "runtime.provider 'tpu': expected one of cpu, cuda, dml, webgpu"),
         ("[runtime]", "[runtime]\nbits = [3]", "runtime.bits [3]: expected some of 2, 4, 8 (none: float only)"),
-        ("[runtime]", "[runtime]\nbits = [[4]]", "runtime.bits [[4]]: expected some of 2, 4, 8 (none: float only)"),
+        pytest.param("[runtime]", "[runtime]\nbits = [[4]]", "runtime.bits [[4]]: expected some of 2, 4, 8 (none: float only)", id="bits of lists"),
         ("[runtime]", "[runtime]\naccuracy_level = 5", "runtime.accuracy_level 5: expected 0 to 4"),
         ("[runtime]", "[runtime]\nchunk_tokens = 0", "runtime.chunk_tokens 0: expected at least 1"),
         ("[runtime]", "[memory]\nlogit_copies = -1\n[runtime]", "memory.logit_copies is -1.0: expected a float, not negative"),
-        ("[runtime]", "[memory]\nlogit_copies = true\n[runtime]", "memory.logit_copies is True: expected a float, not negative"),
-        ("[runtime]", "[memory]\nlogit_copies = nan\n[runtime]", "memory.logit_copies is nan: expected a float, not negative"),
-        ("[runtime]", "[memory]\nrun_bytes = true\n[runtime]", "memory.run_bytes is True: expected a int, not negative"),
+        pytest.param(
+            "[runtime]", "[memory]\nlogit_copies = true\n[runtime]", "memory.logit_copies is True: expected a float, not negative", id="a coefficient true"
+        ),
+        pytest.param(
+            "[runtime]", "[memory]\nlogit_copies = nan\n[runtime]", "memory.logit_copies is nan: expected a float, not negative", id="a coefficient nan"
+        ),
+        pytest.param(
+            "[runtime]", "[memory]\nrun_bytes = true\n[runtime]", "memory.run_bytes is True: expected a int, not negative", id="a whole coefficient true"
+        ),
     ],
 )
 def test_what_is_wrong_is_located(old: str, new: str, expected: str) -> None:

@@ -86,9 +86,10 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "some.safetensors"
     path.write_bytes(content)
     try:
-        read_header(path)
-    except ArtifactError as error:
-        assert str(path) in str(error)
+        found, _ = read_header(path)
+    except ArtifactError:
+        return
+    assert all(tensor.region.offset + tensor.region.length <= path.stat().st_size for tensor in found.values())
 
 
 json_values = st.recursive(
@@ -103,9 +104,10 @@ json_values = st.recursive(
 def test_any_header_is_read_or_refused(tmp_path: Path, header: object) -> None:
     path = written(tmp_path / "some.safetensors", header, b"12345678")
     try:
-        read_header(path)
-    except ArtifactError as error:
-        assert str(path) in str(error)
+        found, _ = read_header(path)
+    except ArtifactError:
+        return
+    assert all(tensor.region.offset + tensor.region.length <= path.stat().st_size for tensor in found.values())
 
 
 @pytest.mark.parametrize(

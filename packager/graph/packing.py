@@ -64,10 +64,10 @@ def pack_blocks(form: BlockForm, codes: Bytes, scales: Floats, zeros: Bytes | No
 
 
 def dequantize(form: Form, tensors: Mapping[str, NDArray[np.generic]], rows: int, cols: int) -> Floats:
-    """The (rows, cols) float32 matrix that the kernels compute with."""
+    """The (rows, cols) float32 matrix that the kernels compute with, in memory of its own."""
     match form:
         case FloatForm():
-            return np.asarray(tensors["weight"], dtype=np.float32)
+            return np.array(tensors["weight"], dtype=np.float32)
         case SumForm():
             first = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("first.")}
             second = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("second.")}

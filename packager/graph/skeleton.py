@@ -87,6 +87,9 @@ def export_skeleton(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor
                     scratch,
                     hf_details={"extra_kwargs": {}, "hf_name": scratch, "hf_config": working},
                     prune_lm_head=True,
+                    # Caches cut to the sliding window save memory, but are read by onnxruntime-genai alone, and even there
+                    # a generation of fewer tokens than the window fails ("KV cache capacity must be at least …").
+                    windowed_kv_cache=False,
                     fuse_qkv=False,
                     hf_token=False,
                 )

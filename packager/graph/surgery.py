@@ -58,7 +58,6 @@ def write_model(skeleton: Path, placements: Iterable[Placement], options: GraphO
     """
     model = ir.load(skeleton)
     _bound_rotary_caches(model.graph, options.context_tokens)
-    _open_wide_windows(model.graph, options.context_tokens)
     sizes: dict[str, int] = {}
     data_path = out.with_name(out.name + "_data")
     with data_path.open("wb") as data:
@@ -294,15 +293,3 @@ def _bound_rotary_caches(graph: ir.Graph, context_tokens: int) -> None:
             continue
         cut = ir.Tensor(tensor.numpy()[:context_tokens].copy(), name=name)
         value.const_value, value.shape = cut, cut.shape
-
-
-def _open_wide_windows(graph: ir.Graph, context_tokens: int) -> None:
-    """Make layers whose window spans the whole context ordinary ones: nothing slides there.
-
-    A windowed cache is only read by onnxruntime-genai, and only while it is no shorter than the window.
-    """
-    for node in graph:
-        window = node.attributes.get("local_window_size")
-        if window is not None and window.as_int() >= context_tokens:
-            node.attributes.pop("sliding_window_cache", None)
-            node.attributes.add(ir.AttrInt64("local_window_size", -1))

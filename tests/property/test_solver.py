@@ -24,7 +24,10 @@ def options_of(pairs: Sequence[tuple[int, float]]) -> list[Option]:
 
 
 def map_of(units: Sequence[Sequence[tuple[int, float]]]) -> ScoreMap:
-    return make_map([Unit(name=f"unit {number}", kind="linear", rows=8, cols=32, matrix=f"unit {number}") for number in range(len(units))], [options_of(pairs) for pairs in units])
+    return make_map(
+        [Unit(name=f"unit {number}", kind="linear", rows=8, cols=32, matrix=f"unit {number}") for number in range(len(units))],
+        [options_of(pairs) for pairs in units],
+    )
 
 
 def within(scoremap: ScoreMap, budget: int) -> Solution | None:

@@ -1,0 +1,166 @@
+"""The house's order: what each module may import, and that planning stays light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import packager
+
+ROOT = Path(packager.__file__).parent
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+HEAVY = {"torch", "transformers", "onnxruntime", "onnxruntime_genai", "onnx_ir", "onnx", "optimum", "accelerate", "huggingface_hub"}
+LIGHT = [
+    "memory",
+    "solver",
+    "profile",
+    "scoremap",
+    "store",
+    "plan",
+    "forms",
+    "errors",
+    "sizes",
+    "files",
+    "report",
+    "progress",
+    "limits",
+    "text",
+    "bars",
+    "curve",
+    "cli",
+]
+BANDS = [
+    ["errors"],
+    ["sizes", "files", "progress"],
+    ["forms", "store", "profile"],
+    ["memory", "scoremap"],
+    ["solver", "curve"],
+    ["plan"],
+]
+"""From the ground up: a module may import from its own band and those before it."""
+
+
+def imported_at_module_level(path: Path) -> set[str]:
+    """Full names of the modules that importing `path` imports; what is under TYPE_CHECKING or in a function is not."""
+    found: set[str] = set()
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            match node:
+                case ast.Import(names=names):
+                    found.update(alias.name for alias in names)
+                case ast.ImportFrom(module=str(module), level=0):
+                    found.add(module)
+                case ast.If(test=ast.Name(id="TYPE_CHECKING"), orelse=rest):
+                    visit(rest)
+                case ast.If(body=body, orelse=rest):
+                    visit([*body, *rest])
+                case ast.Try(body=body, orelse=rest, finalbody=last):
+                    visit([*body, *rest, *last])
+                case ast.ClassDef(body=body) | ast.With(body=body):
+                    visit(body)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return found
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_nothing_heavy(name: str) -> None:
+    """Not by themselves, nor through what they import of this package."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        module = waiting.pop()
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        for found in imported_at_module_level(path if path.is_file() else path.with_suffix("") / "__init__.py"):
+            assert found.partition(".")[0] not in HEAVY, f"packager.{module} imports {found}"
+            inner = found.removeprefix("packager.")
+            if inner != found and inner not in seen:
+                seen.add(inner)
+                waiting.append(inner)
+
+
+@pytest.mark.parametrize(("band", "name"), [(band, name) for band, names in enumerate(BANDS) for name in names])
+def test_imports_point_down(band: int, name: str) -> None:
+    below = {module for names in BANDS[: band + 1] for module in names}
+    imported = {found.removeprefix("packager.") for found in imported_at_module_level(ROOT / f"{name}.py") if found.startswith("packager.")}
+    assert imported <= below
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_are_absolute_and_no_test_code_is_used(name: str) -> None:
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert not any(module.partition(".")[0] in {"pickle", "pytest", "hypothesis", "tests"} for module in modules)
+
+
+def test_the_exporter_is_known_in_one_file() -> None:
+    users = [name for name in MODULES if "onnxruntime_genai.models" in (ROOT / name).read_text(encoding="utf-8")]
+    assert users == ["graph/skeleton.py"]
+
+
+def test_remote_code_is_never_trusted() -> None:
+    for name in MODULES:
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant)
+                assert node.value.value is False, name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name: str) -> None:
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    if tree.body:
+        assert ast.get_docstring(tree), f"{name} has no docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{name}: {node.name}"
+            for inner in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                    overload = any(isinstance(decorator, ast.Name) and decorator.id == "property" for decorator in inner.decorator_list)
+                    assert ast.get_docstring(inner) or overload or inner.name == "to_dict", f"{name}: {node.name}.{inner.name}"
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import packager.plan, packager.text, packager.cli",
+        "import packager.cli\ntry: packager.cli.main(['plan', '--help'])\nexcept SystemExit as stopped: assert not stopped.code",
+        "import packager.cli; assert packager.cli.main(['profiles']) == 0",
+        "import packager.cli; assert packager.cli.main(['plan', '/nowhere', '--profile', 'edge-box-256mb']) == 1",
+    ],
+)
+def test_planning_loads_nothing_heavy(code: str) -> None:
+    out = run_python(f"{code}\nimport sys\nprint('\\n' + ' '.join(sorted({HEAVY!r} & set(sys.modules))))")
+    assert out.splitlines()[-1] == ""
+
+
+def test_a_plan_of_a_real_map_loads_nothing_heavy(maps: Callable[[str], Path]) -> None:
+    out = run_python(
+        f"import sys, packager.cli; assert packager.cli.main(['plan', {str(maps('llama'))!r}, '--profile', 'edge-box-256mb', '--json']) == 0\n"
+        f"print('\\n' + ' '.join(sorted({HEAVY!r} & set(sys.modules))))"
+    )
+    assert out.splitlines()[-1] == ""
+
+
+def test_the_error_tree_is_as_drawn() -> None:
+    from packager import errors
+
+    drawn = set(re.findall(r"^[├└─│ ]*([A-Z][A-Za-z]*Error) ", errors.__doc__ or "", re.MULTILINE))
+    defined = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert drawn == defined
+    assert all(issubclass(getattr(errors, name), errors.PackagerError) for name in defined)
