@@ -18,17 +18,18 @@ class Bars:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Bars:
-        if self._console.is_terminal:
-            self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
+        if self._task is not None and self._console.is_terminal:
+            self._bars.stop()
 
     def phase(self, name: str, total: int) -> None:
         """A new phase of `total` steps begins."""
         if not self._console.is_terminal:
             self._console.print(f"{name} …", highlight=False)
+        elif self._task is None:
+            self._bars.start()
         if self._task is not None:
             self._bars.stop_task(self._task)
         self._task = self._bars.add_task(name, total=total)

@@ -21,12 +21,13 @@ from typing import Any
 from packager.errors import ArtifactError
 from packager.files import dump_json, inner_path, read_json, sha256_file, sha256_json, write_text
 from packager.graph.surgery import GraphOptions, Placement, write_model
+from packager.identity import check_files
+from packager.manifest import SCHEMA, Bounds, BundleFile, BundleUnit, Manifest, Predicted, files_hash, parse_manifest
 from packager.plan import PLAN_FILE, LoadedMap, Plan, form_of
 from packager.profile import DeviceProfile
-from packager.scoremap import STORE_FILE
-from packager.store import read_header
+from packager.scoremap import DIGESTS_FILE, STORE_FILE
+from packager.store import read_header, sha256_region
 
-SCHEMA = 1
 MANIFEST_FILE = "packager.json"
 GRAPH_FILE = "onnx/model_q4.onnx"
 GOLDEN_FILE = "golden.safetensors"
@@ -34,7 +35,15 @@ REFERENCE_FILE = "reference.safetensors"
 CHECK_FILE = "check.py"
 SUMS_FILE = "SHA256SUMS"
 REPORT_FILES = ("report.json", "report.html")
-_ROLES = {GRAPH_FILE: "graph", f"{GRAPH_FILE}_data": "weights", GOLDEN_FILE: "golden", REFERENCE_FILE: "reference", CHECK_FILE: "check", PLAN_FILE: "plan"}
+_ROLES = {
+    GRAPH_FILE: "graph",
+    f"{GRAPH_FILE}_data": "weights",
+    GOLDEN_FILE: "golden",
+    REFERENCE_FILE: "reference",
+    CHECK_FILE: "check",
+    PLAN_FILE: "plan",
+    "config.json": "config",
+}
 
 
 def write_contents(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: Path) -> None:
@@ -42,6 +51,7 @@ def write_contents(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: P
     skeleton = loaded.folder / "skeleton" / profile.provider
     if not skeleton.is_dir():
         raise ArtifactError(f"{loaded.folder} has no graph for {profile.provider}: score the model again with --provider {profile.provider}")
+    check_files(loaded.folder, loaded.identity)
     (out / "onnx").mkdir(parents=True)
     options = GraphOptions(context_tokens=plan.context_tokens, accuracy_level=profile.accuracy_level)
     written = write_model(skeleton / "graph.onnx", placements(loaded, plan), options, out / GRAPH_FILE)
@@ -62,6 +72,7 @@ def write_contents(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: P
 def placements(loaded: LoadedMap, plan: Plan) -> Iterable[Placement]:
     """Every unit in its chosen form, with where its bytes lie in the map's store."""
     tensors, _ = read_header(loaded.folder / STORE_FILE)
+    digests = read_json(loaded.folder / DIGESTS_FILE)
     for unit in loaded.scoremap.units:
         form = form_of(plan, unit)
         regions = {}
@@ -70,6 +81,10 @@ def placements(loaded: LoadedMap, plan: Plan) -> Iterable[Placement]:
             if key not in tensors:
                 raise ArtifactError(f"{loaded.folder / STORE_FILE} has no {key!r}: store and map do not belong together, score the model again")
             regions[name] = tensors[key].region
+            if sha256_region(regions[name]) != digests.get(key):
+                raise ArtifactError(
+                    f"{loaded.folder / STORE_FILE}: the bytes of {key!r} are not those that were scored: the store is damaged, score the model again"
+                )
         yield Placement(
             name=unit.name, matrix=unit.matrix, start=unit.start, tied=unit.kind == "tied", rows=unit.rows, cols=unit.cols, form=form, regions=regions
         )
@@ -86,9 +101,6 @@ def genai_config(skeleton: Mapping[str, Any], plan: Plan, profile: DeviceProfile
     decoder["filename"] = GRAPH_FILE
     config["model"]["context_length"] = plan.context_tokens
     config["search"]["max_length"] = plan.context_tokens
-    # Windowed caches keep `window` positions; a chunk within a bounded context needs no window longer than it.
-    if (window := decoder.get("sliding_window")) and window["window_size"] >= plan.context_tokens:
-        del decoder["sliding_window"]
     config["search"]["chunk_size"] = profile.chunk_tokens
     if profile.threads:
         decoder["session_options"]["intra_op_num_threads"] = profile.threads
@@ -101,72 +113,65 @@ def _amend_config(path: Path) -> None:
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False))
 
 
-def write_manifest(out: Path, loaded: LoadedMap, plan: Plan, *, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+def write_manifest(out: Path, loaded: LoadedMap, plan: Plan, provider: str, *, measured: Mapping[str, Any] | None) -> Manifest:
     """`packager.json` and SHA256SUMS over what lies in `out`. Returns the manifest."""
     skip = {MANIFEST_FILE, SUMS_FILE, *REPORT_FILES}
-    paths = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    files = [
-        {"path": name, "role": _ROLES.get(name, "side"), "bytes": (out / name).stat().st_size, "sha256": sha256_file(out / name)}
-        for name in paths
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    files = tuple(
+        BundleFile(path=name, role=_ROLES.get(name, "side"), bytes=(out / name).stat().st_size, sha256=sha256_file(out / name))
+        for name in names
         if name not in skip
-    ]
-    manifest: dict[str, Any] = {
-        "schema": SCHEMA,
-        "bundle_sha256": sha256_json(files),
-        "files": files,
-        "model": loaded.identity["model"],
-        "map_sha256": plan.map_sha256,
-        "plan_sha256": sha256_json(plan.to_dict()),
-        "profile": plan.profile,
-        "profile_sha256": plan.profile_sha256,
-        "units": [asdict(unit) | {"form": plan.choices[unit.name]} for unit in loaded.scoremap.units],
-        "bounds": {
-            "budget_bytes": plan.budget_bytes,
-            "context_tokens": plan.context_tokens,
-            "prompt_tokens": plan.prompt_tokens,
-            "vocabulary": loaded.geometry.vocab,
-        },
-        "predicted": {
-            "peak_bytes": plan.peak_bytes,
-            "loss_nats": plan.loss_nats,
-            "file_bytes": plan.file_bytes,
-            "memory": plan.memory,
-            "original_heldout_nats": loaded.identity["losses"]["heldout_nats"],
-        },
-        "versions": {name: version(name) for name in ("edge-packager", "onnxruntime", "onnxruntime-genai", "onnx-ir")},
-    }
-    if measured is not None:
-        manifest["measured"] = dict(measured)
-    write_text(out / MANIFEST_FILE, dump_json(manifest))
-    sums = "".join(f"{entry['sha256']}  {entry['path']}\n" for entry in files)
+    )
+    manifest = Manifest(
+        schema=SCHEMA,
+        bundle_sha256=files_hash(files),
+        files=files,
+        model=loaded.identity.model,
+        map_sha256=plan.map_sha256,
+        plan_sha256=sha256_json(plan.to_dict()),
+        profile=plan.profile,
+        profile_sha256=plan.profile_sha256,
+        units=tuple(BundleUnit(**asdict(unit), form=plan.choices[unit.name]) for unit in loaded.scoremap.units),
+        bounds=Bounds(
+            budget_bytes=plan.budget_bytes,
+            context_tokens=plan.context_tokens,
+            prompt_tokens=plan.prompt_tokens,
+            vocabulary=loaded.geometry.vocab,
+            provider=provider,
+        ),
+        predicted=Predicted(peak_bytes=plan.peak_bytes, loss_nats=plan.loss_nats, file_bytes=plan.file_bytes, memory=plan.memory),
+        versions={name: version(name) for name in ("edge-packager", "onnxruntime", "onnxruntime-genai", "onnx-ir")},
+        measured=dict(measured) if measured is not None else None,
+    )
+    write_text(out / MANIFEST_FILE, dump_json(manifest.to_dict()))
+    sums = "".join(f"{entry.sha256}  {entry.path}\n" for entry in files)
     write_text(out / SUMS_FILE, sums + f"{sha256_file(out / MANIFEST_FILE)}  {MANIFEST_FILE}\n")
     return manifest
 
 
-def open_bundle(root: Path) -> dict[str, Any]:
+def open_bundle(root: Path) -> Manifest:
     """The manifest of the bundle in `root`, after every file was found with its size and hash. Nothing is executed."""
-    if not (root / MANIFEST_FILE).is_file():
+    path = root / MANIFEST_FILE
+    if not path.is_file():
         raise ArtifactError(f"{root} is not a bundle ({MANIFEST_FILE} is missing): make one with 'packager pack' or 'packager build'")
-    manifest = read_json(root / MANIFEST_FILE)
-    if manifest.get("schema") != SCHEMA:
-        raise ArtifactError(f"{root / MANIFEST_FILE} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: build the bundle again")
-    for entry in manifest["files"]:
-        path = inner_path(root, entry["path"])
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: the bundle is incomplete, build it again")
-        size = path.stat().st_size
-        if size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
-            raise ArtifactError(f"{path} is not the file its manifest names (expected {entry['bytes']} bytes, found {size}): the bundle was altered or damaged")
+    manifest = parse_manifest(read_json(path), str(path))
+    for entry in manifest.files:
+        file = inner_path(root, entry.path)
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing: the bundle is incomplete, build it again")
+        size = file.stat().st_size
+        if size != entry.bytes or sha256_file(file) != entry.sha256:
+            raise ArtifactError(f"{file} is not the file its manifest names (expected {entry.bytes} bytes, found {size}): the bundle was altered or damaged")
     return manifest
 
 
 def _card(loaded: LoadedMap, plan: Plan) -> str:
-    model = loaded.identity["model"]
-    return f"""# {model["name"]}, packed for {plan.profile}
+    model = loaded.identity.model
+    return f"""# {model.name}, packed for {plan.profile}
 
 | | |
 |---|---|
-| source model | {model["source"]} ({model["architecture"]}, {model["parameters"] / 1e6:.0f} M parameters, sha256 {model["sha256"][:16]}…) |
+| source model | {model.source} ({model.architecture}, {model.parameters / 1e6:.0f} M parameters, sha256 {model.sha256[:16]}…) |
 | licence | that of the source model; see LICENSE where the source has one |
 | weights | {plan.file_bytes:,} bytes, {plan.ratio:.1%} of the float16 model |
 | context | {plan.context_tokens} tokens, prompt and answer together |

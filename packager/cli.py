@@ -169,7 +169,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from packager.scoring.score import score_model
 
     with _progress() as progress:
-        result = score_model(
+        identity, seconds = score_model(
             open_checkpoint(arguments.model),
             arguments.output,
             _settings(arguments, "cpu"),
@@ -179,14 +179,13 @@ def _score(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps({"identity": identity.to_dict(), "seconds": seconds}, indent=2))
         return 0
-    identity = result["identity"]
-    print(f"score map of {identity['model']['name']} written to {arguments.output}")
-    text, loss = identity["calibration"], identity["losses"]["heldout_nats"]
-    print(f"calibrated on {text['text']}: {text['tokens']} tokens; held-out loss {loss:.4f} nats per token")
-    for phase, seconds in result["seconds"].items():
-        print(f"  {phase:24} {seconds:8.1f} s")
+    text = identity.calibration
+    print(f"score map of {identity.model.name} written to {arguments.output}")
+    print(f"calibrated on {text.text}: {text.tokens} tokens; held-out loss {identity.losses.heldout_nats:.4f} nats per token")
+    for phase, taken in seconds.items():
+        print(f"  {phase:24} {taken:8.1f} s")
     return 0
 
 

@@ -172,15 +172,15 @@ def fill_context(og: Any, model: Any, prompt_tokens: int, context_tokens: int, v
     }
 
 
-def say(og: Any, model: Any, tokenizer: Any, prompt: str, most: int) -> str:
+def say(og: Any, model: Any, tokenizer: Any, prompt: str, most: int, context_tokens: int) -> str:
     """What the bundle answers to `prompt`, greedily, in at most `most` tokens."""
     try:
         text = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True)
     except Exception:
         text = prompt
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text)[-(context_tokens // 2) :]
     params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(ids) + most, do_sample=False)
+    params.set_search_options(max_length=min(len(ids) + most, context_tokens), do_sample=False)
     generator = og.Generator(model, params)
     generator.append_tokens(ids)
     while not generator.is_done():
@@ -213,8 +213,7 @@ def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
         budget = bounds["budget_bytes"]
         checks.append(row("peak memory of the process", used["peak_bytes"], budget, "bytes", used["peak_bytes"] <= budget))
     phase("answer")
-    most = min(48, bounds["context_tokens"] // 2)
-    answer = say(og, model, tokenizer, prompt, most)
+    answer = say(og, model, tokenizer, prompt, 48, bounds["context_tokens"])
     return {
         "passed": all(check["passed"] for check in checks),
         "checks": checks,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.bundle import GOLDEN_FILE, write_contents, write_manifest
 from packager.files import published_folder, refuse_existing
+from packager.manifest import Manifest
 from packager.plan import LoadedMap, Plan, Request, load_map
 from packager.profile import DeviceProfile
 from packager.progress import Progress
@@ -32,7 +33,7 @@ class Built:
     """What a build came to. `report` is None when validation was skipped."""
 
     plan: Plan
-    manifest: dict[str, Any]
+    manifest: Manifest
     report: ValidationReport | None
 
 
@@ -47,7 +48,7 @@ def build(loaded: LoadedMap, request: Request, out: Path, *, validate: bool, for
         with published_folder(out, force=force) as staging:
             progress.phase("writing the bundle", 1)
             write_contents(loaded, plan, request.profile, staging)
-            manifest = write_manifest(staging, loaded, plan, measured=None)
+            manifest = write_manifest(staging, loaded, plan, request.profile.provider, measured=None)
             progress.advance()
         return Built(plan=plan, manifest=manifest, report=None)
     with published_folder(out, force=force) as staging:
@@ -76,19 +77,20 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
     from packager import reference
     from packager.validate import require_supported, validate_bundle
 
-    require_supported(request.profile.provider)
+    provider = request.profile.provider
+    require_supported(provider)
     rounds = _closed_loop(loaded, request, plan, staging, progress)
     chosen = max((item for item in rounds if item.peak_bytes <= plan.budget_bytes), key=lambda item: item.plan.file_bytes, default=rounds[-1])
     if chosen is not rounds[-1]:
         _stage(loaded, chosen.plan, request.profile, staging, progress)
     plan = chosen.plan
     progress.phase("golden outputs in torch", 1)
-    torch_side = reference.load_reference(staging, write_manifest(staging, loaded, plan, measured=None))
+    torch_side = reference.load_reference(staging, write_manifest(staging, loaded, plan, provider, measured=None))
     reference.write_golden(torch_side, staging / GOLDEN_FILE, context_tokens=plan.context_tokens)
     progress.advance()
-    manifest = write_manifest(staging, loaded, plan, measured=None)
+    manifest = write_manifest(staging, loaded, plan, provider, measured=None)
     report = validate_bundle(staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds], torch_side=torch_side)
-    manifest = write_manifest(staging, loaded, plan, measured=report.measured)
+    manifest = write_manifest(staging, loaded, plan, provider, measured=report.measured)
     write_report(report, staging)
     return Built(plan=plan, manifest=manifest, report=report)
 
@@ -129,7 +131,7 @@ def _stage(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path,
     for path in staging.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_contents(loaded, plan, profile, staging)
-    write_manifest(staging, loaded, plan, measured=None)
+    write_manifest(staging, loaded, plan, profile.provider, measured=None)
     progress.advance()
 
 

@@ -5,7 +5,7 @@ The same map, profile and budget give the same bytes of `plan.json`: it holds no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
 from packager.forms import Form, form_bytes, parse_form
+from packager.identity import MapIdentity, read_identity
 from packager.memory import Geometry, MemoryEstimate, Role, estimate, looked_up_bytes, resident_bytes
 from packager.profile import DeviceProfile
-from packager.scoremap import IDENTITY_FILE, ScoreMap, Unit, form_bits, read_identity, read_map, restricted, reweighed
+from packager.records import from_plain
+from packager.scoremap import IDENTITY_FILE, ScoreMap, Unit, form_bits, read_map, restricted, reweighed
 from packager.sizes import format_size
 from packager.solver import Solution, choice_at, solve, total_bytes, total_loss
 
@@ -53,15 +55,11 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str) -> Plan:
+    def from_dict(cls, data: dict[str, Any], where: str) -> Plan:
         """The plan in `data`, read from `where`; unknown and missing keys are errors."""
-        known = set(cls.__dataclass_fields__)
         if data.get("schema") != SCHEMA:
             raise ArtifactError(f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: plan again")
-        if set(data) != known:
-            odd = sorted(set(data) ^ known)[0]
-            raise ArtifactError(f"{where}: key {odd!r} is {'unknown' if odd in data else 'missing'}: plan again")
-        return cls(**data)
+        return from_plain(cls, data, where)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +68,7 @@ class LoadedMap:
 
     folder: Path
     scoremap: ScoreMap
-    identity: dict[str, Any]
+    identity: MapIdentity
     geometry: Geometry
     anchors: tuple[Anchor, ...]
 
@@ -84,12 +82,7 @@ def load_map(folder: Path) -> LoadedMap:
     """Open a `.map` folder for planning: the score map and `map.json`, checked; the store is not touched."""
     scoremap = read_map(folder)
     identity = read_identity(folder)
-    try:
-        geometry = Geometry(**identity["geometry"])
-        anchors = monotone([Anchor(**anchor) for anchor in identity["anchors"]])
-    except (TypeError, KeyError) as error:
-        raise ArtifactError(f"{folder / IDENTITY_FILE}: it does not match this version ({error}): score the model again") from None
-    return LoadedMap(folder=folder, scoremap=scoremap, identity=identity, geometry=geometry, anchors=anchors)
+    return LoadedMap(folder=folder, scoremap=scoremap, identity=identity, geometry=identity.geometry, anchors=monotone(identity.anchors))
 
 
 def profile_hash(profile: DeviceProfile) -> str:
@@ -160,7 +153,7 @@ def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int
 
 def bounded_context(loaded: LoadedMap, profile: DeviceProfile, context_tokens: int | None) -> int:
     """The context to build for: as asked, else the profile's, never more than the model was made for."""
-    longest = int(loaded.identity["model"]["max_context_tokens"])
+    longest = loaded.identity.model.max_context_tokens
     if context_tokens is None:
         return min(profile.context_tokens, longest)
     if not PROMPT_RESERVE < context_tokens <= longest:
@@ -215,7 +208,7 @@ def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryE
         prefix=solution.prefix,
         moves=len(view.moves),
         file_bytes=file_bytes,
-        ratio=file_bytes / int(loaded.identity["model"]["float16_bytes"]),
+        ratio=file_bytes / loaded.identity.model.float16_bytes,
         loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)),
         peak_bytes=memory.peak_bytes,
         memory=memory.to_dict(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ def load_profile(name_or_path: str) -> DeviceProfile:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ProfileError(f"profile {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"profile {path} cannot be read: it is not UTF-8 text ({error})") from error
     return parse_profile(text, where=str(path), name=path.stem)
 
 
@@ -124,11 +127,16 @@ def _check(profile: DeviceProfile, where: str) -> None:
         raise ProfileError(f"{where}: device.budget {profile.budget_bytes} is more than device.memory {profile.memory_bytes}")
     if profile.provider not in PROVIDERS:
         raise ProfileError(f"{where}: runtime.provider {profile.provider!r}: expected one of {', '.join(PROVIDERS)}")
-    if not set(profile.bits) <= {2, 4, 8}:
+    if any(bits not in (2, 4, 8) for bits in profile.bits):
         raise ProfileError(f"{where}: runtime.bits {list(profile.bits)}: expected some of 2, 4, 8 (none: float only)")
     if not 0 <= profile.accuracy_level <= 4:
         raise ProfileError(f"{where}: runtime.accuracy_level {profile.accuracy_level}: expected 0 to 4")
-    for key, value, least in (("context.tokens", profile.context_tokens, 32), ("runtime.chunk_tokens", profile.chunk_tokens, 1)):
+    bounded = (
+        ("context.tokens", profile.context_tokens, 33),
+        ("runtime.chunk_tokens", profile.chunk_tokens, 1),
+        ("device.threads", profile.threads, 0),
+    )
+    for key, value, least in bounded:
         if value < least:
             raise ProfileError(f"{where}: {key} {value}: expected at least {least}")
 
@@ -165,9 +173,9 @@ def _coefficients(section: dict[str, Any], where: str) -> MemoryCoefficients:
     for key, kind in get_type_hints(MemoryCoefficients).items():
         if key in section:
             value = section[key]
-            if kind is float and isinstance(value, int):
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
-            if not isinstance(value, kind) or (kind is not str and value < 0):
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and not 0 <= value < math.inf):
                 raise ProfileError(f"{where}: memory.{key} is {value!r}: expected a {kind.__name__}, not negative")
             values[key] = value
     return dataclasses.replace(MemoryCoefficients(), **values)

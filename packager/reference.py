@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from packager.bundle import GRAPH_FILE, REFERENCE_FILE
 from packager.errors import ArtifactError
-from packager.forms import Form, parse_form
+from packager.forms import Form
 from packager.graph.packing import dequantize
 from packager.graph.skeleton import Matrix
+from packager.manifest import Manifest
 from packager.scoring.sources import find_sources
 
 PROMPTS = (
@@ -39,23 +40,28 @@ GREEDY_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """A torch model with a bundle's weights, its tokenizer, and the held-out windows (n, length) of its map."""
+    """A torch model with a bundle's weights, and its tokenizer.
+
+    `heldout` (n, length) are the held-out windows of its map, cut to the bundle's context; `source_nats`
+    (n, length - 1) is what each of their tokens costs the source model.
+    """
 
     model: torch.nn.Module
     tokenizer: Any
     heldout: torch.Tensor
+    source_nats: torch.Tensor
 
 
-def load_reference(root: Path, manifest: dict[str, Any]) -> Reference:
+def load_reference(root: Path, manifest: Manifest) -> Reference:
     """Rebuild the bundle in `root` in torch: architecture from config.json, vectors from reference.safetensors, every
     matrix dequantised from the bytes of the graph's weights."""
     stored = load_file(root / REFERENCE_FILE)
     config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     rows: dict[tuple[str, int], int] = {}
-    for unit in manifest["units"]:
-        key = (unit["matrix"], unit["cols"])
-        rows[key] = rows.get(key, 0) + unit["rows"]
+    for unit in manifest.units:
+        key = (unit.matrix, unit.cols)
+        rows[key] = rows.get(key, 0) + unit.rows
     matrices = [Matrix(name=name, rows=count, cols=cols) for (name, cols), count in rows.items()]
     sources = find_sources(matrices, model)
     graph = ir.load(root / GRAPH_FILE).graph
@@ -63,11 +69,17 @@ def load_reference(root: Path, manifest: dict[str, Any]) -> Reference:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.copy_(torch.from_numpy(stored[f"vector.{name}"]))
-        for source, unit in zip(sources, manifest["units"], strict=True):
-            weights = _weights(graph, unit["name"], parse_form(unit["form"]), unit["rows"], unit["cols"])
+        for source, unit in zip(sources, manifest.units, strict=True):
+            weights = _weights(graph, unit.name, unit.parsed(), unit.rows, unit.cols)
             source.weight(model).copy_(torch.from_numpy(weights))
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-    return Reference(model=model, tokenizer=tokenizer, heldout=torch.from_numpy(stored["heldout"].astype(np.int64)))
+    length = manifest.bounds.context_tokens
+    return Reference(
+        model=model,
+        tokenizer=tokenizer,
+        heldout=torch.from_numpy(stored["heldout"].astype(np.int64))[:, :length],
+        source_nats=torch.from_numpy(stored["heldout_nats"])[:, : length - 1],
+    )
 
 
 def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -1,9 +1,9 @@
-"""Bundles on ONNX Runtime: measuring loss, and generating text."""
+"""Decoders on ONNX Runtime: every token's logits, and generated text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from packager.bundle import GRAPH_FILE
 from packager.errors import RuntimeCheckError
 
 _PRUNE = "/lm_head/prune/Gather"
 _UNSQUEEZE = "/lm_head/prune/Unsqueeze"
-
-
-def mean_loss(root: Path, windows: NDArray[np.int64], *, progress: Callable[[], None] = lambda: None, threads: int = 0) -> float:
-    """Mean cross-entropy in nats per token of the bundle in `root` over (n, length) windows, on its own kernels.
-
-    The bundle returns the last token's logits only; the session here reads the same weights through the same graph
-    with that one selection taken out.
-    """
-    session = full_logits_session(root / GRAPH_FILE, threads=threads)
-    losses = []
-    for window in windows:
-        losses.append(token_losses(run_window(session, window), window))
-        progress()
-    return float(np.concatenate(losses).mean(dtype=np.float64))
 
 
 def token_losses(logits: NDArray[np.float32], window: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -58,8 +43,12 @@ def run_window(session: ort.InferenceSession, window: NDArray[np.int64], *, cach
     return logits
 
 
-def full_logits_session(graph_path: Path, *, threads: int = 0) -> ort.InferenceSession:
-    """A session over a decoder's graph that returns every token's logits."""
+def full_logits_session(graph_path: Path, *, threads: int = 0, float_kernels: bool = False) -> ort.InferenceSession:
+    """A session over a decoder's graph that returns every token's logits, not only the last's.
+
+    With `float_kernels` the low-bit kernels are told to keep activations in float32: slow, and exact enough to tell a
+    wrong graph from rounded activations.
+    """
     model = ir.load(graph_path)
     nodes = {node.name: node for node in model.graph}
     if _PRUNE in nodes and _UNSQUEEZE in nodes:
@@ -67,6 +56,10 @@ def full_logits_session(graph_path: Path, *, threads: int = 0) -> ort.InferenceS
         assert every_row is not None
         ir.convenience.replace_all_uses_with(nodes[_UNSQUEEZE].outputs[0], every_row)
         model.graph.remove([nodes[_UNSQUEEZE], nodes[_PRUNE]], safe=True)
+    if float_kernels:
+        for node in model.graph:
+            if node.op_type == "MatMulNBits":
+                node.attributes.add(ir.AttrInt64("accuracy_level", 1))
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     if logits.shape is not None:
         logits.shape = ir.Shape(["batch_size", "sequence_length", logits.shape[2]])

@@ -17,13 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packager.errors import ArtifactError
-from packager.files import read_json, sha256_file
+from packager.files import dump_json
 from packager.forms import BlockForm, Form, LowRankForm, SumForm, form_bytes, parse_form
+from packager.records import from_plain
 
 SCHEMA = 1
 MAP_FILE = "scoremap.safetensors"
 STORE_FILE = "store.safetensors"
 IDENTITY_FILE = "map.json"
+DIGESTS_FILE = "store.json"
+_METADATA_KEY = "scoremap"
 KINDS = ("linear", "head", "embedding", "tied")
 
 
@@ -100,10 +103,15 @@ def _slope(smaller: Option, larger: Option) -> float:
     return (smaller.loss_nats - larger.loss_nats) / (larger.bytes - smaller.bytes)
 
 
-def merge(options: Sequence[Sequence[Option]]) -> tuple[Move, ...]:
-    """All units' steps in one order, by loss added per byte saved; ties by unit, then by step. A total order."""
-    steps = [(_slope(chain[step], chain[step - 1]), unit, step) for unit, chain in enumerate(options) for step in range(1, len(chain))]
-    return tuple(Move(unit=unit, option=step) for _, unit, step in sorted(steps))
+def merge(units: Sequence[Unit], options: Sequence[Sequence[Option]]) -> tuple[Move, ...]:
+    """All units' steps in one order, by loss added per byte saved; ties by the unit's name, then by step. A total order
+    that does not depend on the order of the units."""
+    steps = [
+        (_slope(chain[step], chain[step - 1]), unit.name, step, number)
+        for number, (unit, chain) in enumerate(zip(units, options, strict=True))
+        for step in range(1, len(chain))
+    ]
+    return tuple(Move(unit=number, option=step) for _, _, step, number in sorted(steps))
 
 
 def make_map(units: Sequence[Unit], options: Sequence[Iterable[Option]]) -> ScoreMap:
@@ -112,7 +120,7 @@ def make_map(units: Sequence[Unit], options: Sequence[Iterable[Option]]) -> Scor
     for unit, chain in zip(units, hulls, strict=True):
         if not chain:
             raise ArtifactError(f"unit {unit.name} has no option")
-    return ScoreMap(units=tuple(units), options=hulls, moves=merge(hulls))
+    return ScoreMap(units=tuple(units), options=hulls, moves=merge(units, hulls))
 
 
 def restricted(scoremap: ScoreMap, allowed: Callable[[Unit, Form], bool]) -> ScoreMap:
@@ -152,7 +160,8 @@ def map_tensors(scoremap: ScoreMap) -> tuple[dict[str, NDArray[Any]], dict[str, 
         "option_loss_nats": np.array([option.loss_nats for option in flat], np.float64),
         "moves": np.array([(move.unit, move.option) for move in scoremap.moves], np.int32).reshape(-1, 2),
     }
-    return arrays, {"schema": str(SCHEMA), "units": json.dumps(described, sort_keys=True)}
+    # One key: safetensors writes several in random order, and the file's hash names the map.
+    return arrays, {_METADATA_KEY: dump_json({"schema": SCHEMA, "units": described})}
 
 
 def read_map(folder: Path) -> ScoreMap:
@@ -164,42 +173,37 @@ def read_map(folder: Path) -> ScoreMap:
         raise ArtifactError(f"{folder} is not a score map ({MAP_FILE} is missing): make one with 'packager score'")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("schema") != str(SCHEMA):
-                raise ArtifactError(f"{path} has schema {metadata.get('schema')!r}, this version reads {SCHEMA}: score the model again")
-            described = json.loads(metadata["units"])
+            described = json.loads((file.metadata() or {})[_METADATA_KEY])
             sizes, losses, moves = (file.get_tensor(name) for name in ("option_bytes", "option_loss_nats", "moves"))
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        if described.get("schema") != SCHEMA:
+            raise ArtifactError(f"{path} has schema {described.get('schema')!r}, this version reads {SCHEMA}: score the model again")
+        entries = [dict(entry) for entry in described["units"]]
+        labels = [[str(label) for label in entry.pop("options")] for entry in entries]
+        if sizes.shape != losses.shape or sizes.shape != (sum(map(len, labels)),) or moves.ndim != 2 or moves.shape[1] != 2:
+            raise ValueError(f"arrays of shapes {sizes.shape}, {losses.shape}, {moves.shape} for {sum(map(len, labels))} options")
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}): score the model again") from error
     units, chains, position = [], [], 0
-    for entry in described:
-        unit = Unit(**{key: value for key, value in entry.items() if key != "options"})
+    for number, (entry, names) in enumerate(zip(entries, labels, strict=True)):
+        unit = from_plain(Unit, entry, f"{path}: units[{number}]")
         if unit.kind not in KINDS:
             raise ArtifactError(f"{path}: unit {unit.name} is of kind {unit.kind!r}: expected one of {', '.join(KINDS)}")
         chain = []
-        for label in entry["options"]:
-            option = Option(form=parse_form(label), bytes=int(sizes[position]), loss_nats=float(losses[position]))
-            exact = form_bytes(option.form, unit.rows, unit.cols)
+        for label in names:
+            where = f"{path}: units[{unit.name!r}].options[{label}]"
+            try:
+                form = parse_form(label)
+            except ArtifactError as error:
+                raise ArtifactError(f"{where}: {error}") from None
+            option = Option(form=form, bytes=int(sizes[position]), loss_nats=float(losses[position]))
+            exact = form_bytes(form, unit.rows, unit.cols)
             if option.bytes != exact or not math.isfinite(option.loss_nats):
-                raise ArtifactError(
-                    f"{path}: units[{unit.name!r}].options[{label}] claims {option.bytes} bytes and loss {option.loss_nats}, expected {exact} bytes"
-                )
+                raise ArtifactError(f"{where} claims {option.bytes} bytes and loss {option.loss_nats}, expected {exact} bytes")
             chain.append(option)
             position += 1
         units.append(unit)
         chains.append(tuple(chain))
     scoremap = ScoreMap(units=tuple(units), options=tuple(chains), moves=tuple(Move(unit=int(u), option=int(o)) for u, o in moves))
-    if scoremap.moves != merge(scoremap.options):
+    if scoremap.moves != merge(scoremap.units, scoremap.options):
         raise ArtifactError(f"{path}: its moves are not in the order of its losses: the file is damaged, score the model again")
     return scoremap
-
-
-def read_identity(folder: Path) -> dict[str, Any]:
-    """`map.json`, checked against the score map it names by hash."""
-    identity = read_json(folder / IDENTITY_FILE)
-    if identity.get("schema") != SCHEMA:
-        raise ArtifactError(f"{folder / IDENTITY_FILE} has schema {identity.get('schema')!r}, this version reads {SCHEMA}: score the model again")
-    found = sha256_file(folder / MAP_FILE)
-    if identity["files"].get(MAP_FILE) != found:
-        raise ArtifactError(f"{folder / MAP_FILE} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model again")
-    return identity

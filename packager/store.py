@@ -6,6 +6,7 @@ name → {dtype, shape, data_offsets}, then the data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -94,6 +95,21 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTe
     if start + end > size:
         raise ArtifactError(f"{path} is cut short: tensor {name!r} ends at byte {start + end}, the file has {size}")
     return StoredTensor(dtype=dtype, shape=shape, region=Region(path=path, offset=start + begin, length=end - begin))
+
+
+def sha256_region(region: Region) -> str:
+    """Hex SHA-256 of a region's bytes, read in pieces; ArtifactError when the file ends before it."""
+    digest = hashlib.sha256()
+    with region.path.open("rb") as file:
+        file.seek(region.offset)
+        left = region.length
+        while left:
+            piece = file.read(min(left, _CHUNK))
+            if not piece:
+                raise ArtifactError(f"{region.path} is cut short: it ends {left} bytes before byte {region.offset + region.length}")
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
 
 
 def join(parts: Iterable[tuple[str, StoredTensor]], out: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -79,7 +79,8 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / MAP_FILE).is_file():
         loaded = load_map(path)
         sizes = [sum(chain[index].bytes for chain in loaded.scoremap.options) for index in (0, -1)]
-        identity = {key: loaded.identity[key] for key in ("model", "calibration", "losses", "settings", "versions")}
+        plain = loaded.identity.to_dict()
+        identity = {key: plain[key] for key in ("model", "calibration", "losses", "settings", "versions")}
         return {
             "kind": "score map",
             "units": len(loaded.scoremap.units),
@@ -90,7 +91,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "packager.json").is_file():
         from packager.bundle import open_bundle
 
-        manifest = open_bundle(path)
+        manifest = open_bundle(path).to_dict()
         shared = {key: manifest[key] for key in ("model", "profile", "bounds", "predicted", "bundle_sha256")}
         forms = forms_text(unit["form"] for unit in manifest["units"])
         return {

@@ -37,11 +37,12 @@ LIGHT = [
 ]
 BANDS = [
     ["errors"],
-    ["sizes", "files", "progress"],
+    ["sizes", "files", "progress", "records"],
     ["forms", "store", "profile"],
     ["memory", "scoremap"],
     ["solver", "curve"],
-    ["plan"],
+    ["identity"],
+    ["manifest", "plan"],
 ]
 """From the ground up: a module may import from its own band and those before it."""
 

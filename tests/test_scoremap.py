@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from packager.errors import ArtifactError
-from packager.scoremap import MAP_FILE, ScoreMap, map_tensors, read_identity, read_map
+from packager.identity import read_identity
+from packager.scoremap import MAP_FILE, ScoreMap, map_tensors, read_map
 from packager.store import read_header
 
 
@@ -63,7 +64,7 @@ def test_a_map_is_always_the_same_bytes(folder: Path) -> None:
 def test_identity_names_every_file_by_hash(maps: Callable[[str], Path]) -> None:
     identity = read_identity(maps("llama"))
     files = {path.relative_to(maps("llama")).as_posix() for path in maps("llama").rglob("*") if path.is_file()}
-    assert set(identity["files"]) == files - {"map.json"}
+    assert set(identity.files) == files - {"map.json"}
 
 
 def test_another_map_is_not_the_one_named(folder: Path) -> None:

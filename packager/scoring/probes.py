@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from packager.forms import BlockForm, FloatForm, LowRankForm, SumForm
+from packager.identity import Probe
+from packager.losses import token_losses
 from packager.scoremap import Option, ScoreMap, Unit
 from packager.scoring.sources import Source
 
@@ -28,15 +29,6 @@ _LEAST, _MOST = 0.25, 6.0
 
 Load = Callable[[Source, Option], Tensor]
 """The (rows, cols) float32 weights that an option of a source's unit stands for."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Probe:
-    """One measurement: the class of option perturbed, its summed price, and what it cost, in nats per token."""
-
-    kind: str
-    predicted_nats: float
-    measured_nats: float
 
 
 class Observer:
@@ -49,22 +41,23 @@ class Observer:
         length = windows.shape[1]
         stride = max(2, math.ceil(windows.numel() * vocabulary / _LOGIT_LIMIT))
         self._positions = torch.arange(stride - 1, length - 1, stride, device=self._windows.device)
-        self._log_chances, self.loss_nats = self._run()
+        self._log_chances, self.token_nats = self._run()
 
     @torch.no_grad()
-    def _run(self) -> tuple[Tensor, float]:
+    def _run(self) -> tuple[Tensor, Tensor]:
+        """Log chances at the observed positions, and the loss of every token (n, length - 1)."""
         chances, losses = [], []
         for window in self._windows:
-            logits = self._model(input_ids=window[None], use_cache=False).logits[0].float()
-            losses.append(torch.nn.functional.cross_entropy(logits[:-1], window[1:]))
+            logits, nats = token_losses(self._model, window)
+            losses.append(nats)
             chances.append(torch.log_softmax(logits[self._positions], dim=-1))
-        return torch.stack(chances), float(torch.stack(losses).double().mean())
+        return torch.stack(chances), torch.stack(losses)
 
     def measure(self) -> tuple[float, float]:
         """(divergence KL(original ‖ now), rise of the loss), both in nats per token."""
         now, loss = self._run()
         divergence = torch.nn.functional.kl_div(now, self._log_chances, reduction="none", log_target=True).sum(-1).double().mean()
-        return float(divergence), loss - self.loss_nats
+        return float(divergence), float((loss - self.token_nats).double().mean())
 
 
 @contextlib.contextmanager

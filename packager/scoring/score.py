@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -30,15 +29,16 @@ from packager.forms import parse_form
 from packager.geometry import read_geometry
 from packager.graph.packing import dequantize
 from packager.graph.skeleton import export_skeleton
+from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity, Probe, read_identity
 from packager.progress import Progress
-from packager.scoremap import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors, read_identity
+from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
 from packager.scoring.calibration import Calibration, load_calibration
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.options import score_unit
-from packager.scoring.probes import Observer, Probe, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
+from packager.scoring.probes import Observer, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
 from packager.scoring.sources import Source, find_sources
 from packager.solver import choice_at, total_loss
-from packager.store import StoredTensor, join, read_header
+from packager.store import StoredTensor, join, read_header, sha256_region
 
 REFERENCE_FILE = "reference.safetensors"
 SKELETON_FOLDER = "skeleton"
@@ -71,7 +71,7 @@ def score_model(
     device: str = "cpu",
     force: bool = False,
     progress: Progress,
-) -> dict[str, Any]:
+) -> tuple[MapIdentity, dict[str, float]]:
     """Write the score map of `checkpoint` to folder `out`. Returns its identity (`map.json`) and seconds per phase."""
     refuse_existing(out, force=force)
     started = time.perf_counter()
@@ -111,35 +111,38 @@ def score_model(
         shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
         checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
-        save_file(reference | {"heldout": heldout.numpy().astype("int32")}, staging / REFERENCE_FILE)
+        reference |= {"heldout": heldout.numpy().astype("int32"), "heldout_nats": measured.token_nats.float().cpu().numpy()}
+        save_file(reference, staging / REFERENCE_FILE)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         genai = read_json(staging / SKELETON_FOLDER / settings.provider / "genai_config.json")
         geometry = read_geometry(config, nodes=nodes, tokenizer=staging / SIDE_FOLDER / "tokenizer.json", genai=genai)
-        identity = {
-            "schema": SCHEMA,
-            "model": {
-                "name": checkpoint.name,
-                "source": checkpoint.source if not Path(checkpoint.source).is_absolute() else Path(checkpoint.source).name,
-                "sha256": model_hash,
-                "architecture": (config.architectures or ["?"])[0],
-                "parameters": parameters,
-                "float16_bytes": 2 * parameters,
-                "max_context_tokens": int(config.max_position_embeddings),
-            },
-            "geometry": asdict(geometry),
-            "calibration": {"text": calibration.description, "sha256": calibration.sha256, "tokens": calibration.windows.numel()},
-            "losses": {"heldout_nats": measured.heldout_nats},
-            "probes": [asdict(probe) for probe in measured.probes],
-            "anchors": [asdict(anchor) for anchor in measured.anchors],
-            "settings": asdict(settings),
-            "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
-        }
-        identity["files"] = {str(path.relative_to(staging)): sha256_file(path) for path in sorted(staging.rglob("*")) if path.is_file()}
-        write_text(staging / IDENTITY_FILE, dump_json(identity))
+        model_identity = ModelIdentity(
+            name=checkpoint.name,
+            source=checkpoint.source if not Path(checkpoint.source).is_absolute() else Path(checkpoint.source).name,
+            sha256=model_hash,
+            architecture=(config.architectures or ["?"])[0],
+            parameters=parameters,
+            float16_bytes=2 * parameters,
+            max_context_tokens=int(config.max_position_embeddings),
+        )
+        text = CalibrationIdentity(text=calibration.description, sha256=calibration.sha256, tokens=calibration.windows.numel())
+        identity = MapIdentity(
+            schema=SCHEMA,
+            model=model_identity,
+            geometry=geometry,
+            calibration=text,
+            losses=Losses(heldout_nats=float(measured.token_nats.double().mean())),
+            probes=measured.probes,
+            anchors=measured.anchors,
+            settings=asdict(settings),
+            versions={name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
+            files={path.relative_to(staging).as_posix(): sha256_file(path) for path in sorted(staging.rglob("*")) if path.is_file()},
+        )
+        write_text(staging / IDENTITY_FILE, dump_json(identity.to_dict()))
     shutil.rmtree(work, ignore_errors=True)
     progress.advance()
     lap("write")
-    return {"identity": identity, "seconds": seconds}
+    return identity, seconds
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -154,11 +157,7 @@ def map_matches(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, c
         return False
     identity = read_identity(folder)
     calibration = load_calibration(calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed)
-    return bool(
-        identity["model"]["sha256"] == checkpoint.sha256()
-        and identity["settings"] == asdict(settings)
-        and identity["calibration"]["sha256"] == calibration.sha256
-    )
+    return bool(identity.model.sha256 == checkpoint.sha256() and identity.settings == asdict(settings) and identity.calibration.sha256 == calibration.sha256)
 
 
 def _work_folder(out: Path, model_hash: str, calibration: Calibration, settings: ScoreSettings) -> Path:
@@ -255,9 +254,9 @@ def _load_option(work: Path, source: Source, option: Option) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measured:
-    """What the model itself said: its held-out loss, the probes of each class, and anchors along the map."""
+    """What the model itself said: the loss of each held-out token, the probes of each class, anchors along the map."""
 
-    heldout_nats: float
+    token_nats: torch.Tensor
     probes: tuple[Probe, ...]
     anchors: tuple[Anchor, ...]
 
@@ -295,7 +294,7 @@ def _measure(
         measured = rise if rise > _NOISY_NATS else divergence
         anchors.append(Anchor(priced_nats=total_loss(scoremap, choice), measured_nats=measured))
         progress.advance()
-    return scoremap, _Measured(heldout_nats=observer.loss_nats, probes=tuple(probes), anchors=monotone(anchors))
+    return scoremap, _Measured(token_nats=observer.token_nats, probes=tuple(probes), anchors=monotone(anchors))
 
 
 def _write_store(work: Path, sources: Sequence[Source], scoremap: ScoreMap, out: Path) -> None:
@@ -308,5 +307,6 @@ def _write_store(work: Path, sources: Sequence[Source], scoremap: ScoreMap, out:
                 key = f"{option.form.label}|{name}"
                 entries.append((f"{source.unit.name}|{key}", tensors[key]))
     join(entries, out / STORE_FILE)
+    write_text(out / DIGESTS_FILE, dump_json({key: sha256_region(tensor.region) for key, tensor in entries}))
     arrays, metadata = map_tensors(scoremap)
     save_file(arrays, out / MAP_FILE, metadata=metadata)
