@@ -173,14 +173,16 @@ def _work_folder(out: Path, model_hash: str, calibration: Calibration, settings:
 
 
 def _groups(sources: Sequence[Source]) -> list[list[Source]]:
-    """Units whose statistics fit in memory together; each group costs one pass over the calibration text."""
-    limit = min(_STATISTICS_BYTES, psutil.virtual_memory().available // 3)
+    """Units whose statistics fit in memory together; each group costs one pass over the calibration text.
+
+    The bound is fixed, so that a resumed run finds the groups that it left.
+    """
     groups: list[list[Source]] = [[]]
     size = 0
     for source in sources:
         unit = source.unit
         cost = 4 * (unit.cols**2 + (unit.rows**2 if unit.kind == "linear" else unit.cols**2))
-        if groups[-1] and size + cost > limit:
+        if groups[-1] and size + cost > _STATISTICS_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(source)
