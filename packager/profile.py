@@ -44,7 +44,10 @@ class MemoryCoefficients:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceProfile:
-    """A target device. Bytes are bytes, `context_tokens` counts prompt and answer together, `toml` is the file's text."""
+    """A target device. Bytes are bytes, `context_tokens` counts prompt and answer together, `toml` is the file's text.
+
+    `threads` 0 leaves their number to the runtime.
+    """
 
     name: str
     description: str
