@@ -5,7 +5,9 @@ Safetensors and GGUF only: a pickle can run code when it is read. `trust_remote_
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,9 +65,11 @@ class Checkpoint:
         kwargs: dict[str, Any] = {"gguf_file": self.files[0].name} if self.gguf else {"use_safetensors": True}
         transformers_logging.disable_progress_bar()
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True, **kwargs
-            )
+            # Reading a GGUF draws a bar of its own on stderr, across ours.
+            with contextlib.redirect_stderr(io.StringIO()):
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    self.folder, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True, **kwargs
+                )
         except Exception as error:  # a damaged file makes transformers raise anything
             raise ModelError(f"{self.source} cannot be loaded: {_first_line(error)}") from error
         # transformers only warns, and fills what is missing with random values.
