@@ -144,3 +144,13 @@ def parse_form(label: str) -> Form:
 def form_bytes(form: Form, rows: int, cols: int) -> int:
     """Bytes of all tensors of a (rows, cols) matrix in `form`, as they lie in the file."""
     return sum(spec.bytes for spec in form.tensors(rows, cols).values())
+
+
+def form_nodes(form: Form) -> int:
+    """Graph nodes that multiply by a matrix in `form`."""
+    match form:
+        case LowRankForm():
+            return 2
+        case SumForm():
+            return 3
+    return 1

@@ -13,7 +13,7 @@ from typing import Any
 from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
-from packager.forms import Form, form_bytes, parse_form
+from packager.forms import Form, form_bytes, form_nodes, parse_form
 from packager.identity import MapIdentity, read_identity
 from packager.memory import Geometry, MemoryEstimate, Role, estimate, looked_up_bytes, resident_bytes
 from packager.profile import DeviceProfile
@@ -189,6 +189,8 @@ def _weigh(unit: Unit, form: Form, geometry: Geometry, profile: DeviceProfile, c
     # A part of the vocabulary is looked up by its share of the tokens.
     tokens = -(-context * unit.rows // geometry.vocab)
     resident = resident_bytes(form, unit.rows, unit.cols, role=role, coefficients=coefficients, context_tokens=tokens)
+    # The skeleton's nodes are in the geometry; what a form adds to them weighs too.
+    resident += (form_nodes(form) - 1) * coefficients.session_bytes_per_node
     looked_up = looked_up_bytes(form, unit.rows, unit.cols, role=role, coefficients=coefficients, context_tokens=tokens)
     return resident, looked_up, 0 if role == "embedding" else form_bytes(form, unit.rows, unit.cols)
 

@@ -58,7 +58,7 @@ def shown(value: Any, unit: str) -> str:
         return "-"
     if unit == "bytes":
         return f"{format_size(value)} ({int(value):,})"
-    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def verdict(check: Check) -> str:
