@@ -176,7 +176,7 @@ def say(og: Any, model: Any, tokenizer: Any, prompt: str, most: int, context_tok
     """What the bundle answers to `prompt`, greedily, in at most `most` tokens."""
     try:
         text = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True)
-    except Exception:
+    except Exception:  # the model has no chat template: it continues the text as it is
         text = prompt
     ids = tokenizer.encode(text)[-(context_tokens // 2) :]
     params = og.GeneratorParams(model)

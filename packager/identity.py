@@ -54,7 +54,7 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapIdentity:
-    """`map.json`. `files` maps every other file of the map to its sha256, the store to that of its digests' file."""
+    """`map.json`. `files` maps every other file of the map to its sha256."""
 
     schema: int
     model: ModelIdentity

@@ -80,7 +80,7 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
     provider = request.profile.provider
     require_supported(provider)
     rounds = _closed_loop(loaded, request, plan, staging, progress)
-    chosen = max((item for item in rounds if item.peak_bytes <= plan.budget_bytes), key=lambda item: item.plan.file_bytes, default=rounds[-1])
+    chosen = max((item for item in rounds if 0 < item.peak_bytes <= plan.budget_bytes), key=lambda item: item.plan.file_bytes, default=rounds[-1])
     if chosen is not rounds[-1]:
         _stage(loaded, chosen.plan, request.profile, staging, progress)
     plan = chosen.plan

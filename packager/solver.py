@@ -56,8 +56,8 @@ def _best_undo(scoremap: ScoreMap, choice: list[int], fits: Fits) -> int | None:
     for unit, taken in enumerate(choice):
         if taken:
             chain = scoremap.options[unit]
-            gains.append((chain[taken - 1].loss_nats - chain[taken].loss_nats, unit))
-    for _, unit in sorted(gains):
+            gains.append((chain[taken - 1].loss_nats - chain[taken].loss_nats, scoremap.units[unit].name, unit))
+    for _, _, unit in sorted(gains):
         if fits([taken - (number == unit) for number, taken in enumerate(choice)]):
             return unit
     return None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,17 +98,10 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTe
 
 
 def sha256_region(region: Region) -> str:
-    """Hex SHA-256 of a region's bytes, read in pieces; ArtifactError when the file ends before it."""
+    """Hex SHA-256 of a region's bytes; ArtifactError when the file ends before it."""
     digest = hashlib.sha256()
-    with region.path.open("rb") as file:
-        file.seek(region.offset)
-        left = region.length
-        while left:
-            piece = file.read(min(left, _CHUNK))
-            if not piece:
-                raise ArtifactError(f"{region.path} is cut short: it ends {left} bytes before byte {region.offset + region.length}")
-            digest.update(piece)
-            left -= len(piece)
+    for piece in _pieces(region):
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -127,17 +120,19 @@ def join(parts: Iterable[tuple[str, StoredTensor]], out: Path, metadata: Mapping
     with out.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
-        for name, tensor in entries:
-            _copy(tensor.region, file, name)
+        for _, tensor in entries:
+            for piece in _pieces(tensor.region):
+                file.write(piece)
 
 
-def _copy(region: Region, file: Any, name: str) -> None:
-    with region.path.open("rb") as source:
-        source.seek(region.offset)
+def _pieces(region: Region) -> Iterator[bytes]:
+    """A region's bytes in pieces that fit in memory."""
+    with region.path.open("rb") as file:
+        file.seek(region.offset)
         left = region.length
         while left:
-            piece = source.read(min(left, _CHUNK))
+            piece = file.read(min(left, _CHUNK))
             if not piece:
-                raise ArtifactError(f"{region.path} is cut short in tensor {name!r}")
-            file.write(piece)
+                raise ArtifactError(f"{region.path} is cut short: it ends {left} bytes before byte {region.offset + region.length}")
+            yield piece
             left -= len(piece)

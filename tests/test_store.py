@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -168,4 +169,4 @@ def test_join_refuses_a_source_that_ends_early(tmp_path: Path) -> None:
     tensor = StoredTensor(dtype="U8", shape=(4,), region=Region(path=tmp_path / "short", offset=0, length=4))
     with pytest.raises(ArtifactError) as caught:
         join([("a", tensor)], tmp_path / "out")
-    assert str(caught.value) == f"{tmp_path / 'short'} is cut short in tensor 'a'"
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'short'))} is cut short: it ends \d+ bytes before byte \d+", str(caught.value))

@@ -24,14 +24,6 @@ class Curvature:
     pairs: tuple[tuple[Tensor, Tensor], ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
-    """A module whose statistics are collected once, whatever number of units reads them."""
-
-    module: str
-    width: int
-
-
 def collect(
     model: torch.nn.Module,
     sources: Sequence[Source],

@@ -583,13 +583,13 @@ def test_a_full_disk_while_building_leaves_nothing(
 
 
 @pytest.mark.parametrize("count", [1, 8])
-@pytest.mark.parametrize("where", ["_copy", "fsync", "save_file"])
+@pytest.mark.parametrize("where", ["_pieces", "fsync", "save_file"])
 def test_a_full_disk_while_scoring_leaves_nothing_under_the_name(
     picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, count: int
 ) -> None:
     import packager.scoring.score
 
-    owner: Any = {"_copy": packager.store, "fsync": os, "save_file": packager.scoring.score}[where]
+    owner: Any = {"_pieces": packager.store, "fsync": os, "save_file": packager.scoring.score}[where]
     command = ["score", picos("llama").folder, "-o", tmp_path / "out.map", "--calibration", calibration_text, "--tokens", 2048, "--quick"]
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, full_after(count, getattr(owner, where)))

@@ -204,3 +204,17 @@ def test_reweighing_by_a_factor_changes_no_choice(scoremap: ScoreMap, factor: in
     assert [[dataclasses.replace(option, bytes=option.bytes // factor) for option in chain] for chain in scaled.options] == [
         list(chain) for chain in scoremap.options
     ]
+
+
+def test_leftover_bytes_go_to_the_same_unit_in_any_order() -> None:
+    """Two units alike, and bytes for one of them: which one does not hang on the order they are listed in."""
+    points = {"a": [(1, 1.0), (4, 0.0)], "b": [(1, 1.0), (4, 0.0)], "c": [(1, 2.0), (5, 0.0)]}
+    chosen = []
+    for names in (("c", "a", "b"), ("c", "b", "a")):
+        units = [Unit(name=name, kind="linear", rows=8, cols=32, matrix=name) for name in names]
+        scoremap = make_map(units, [options_of(points[name]) for name in names])
+        solution = within(scoremap, 6)
+        assert solution is not None
+        assert solution.undone is not None
+        chosen.append(dict(zip(names, solution.choice, strict=True)))
+    assert chosen[0] == chosen[1]
