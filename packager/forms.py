@@ -1,7 +1,7 @@
 """The forms a weight matrix can be stored in, and exactly how many bytes each takes.
 
 A form is what the runtime's kernels accept: float, blocks of 2, 4 or 8 bits with one float32 scale each
-(`MatMulNBits`, `GatherBlockQuantized`), or two low-rank factors stored in blocks.
+(`MatMulNBits`, `GatherBlockQuantized`), or two low-rank factors in float or in blocks.
 
 Shapes: a matrix W has `rows` = N outputs and `cols` = K inputs, y = W x. Blocks run along K.
 """
@@ -17,7 +17,7 @@ BITS = (2, 4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
 _FLOATS = {"f32": ("float32", 4), "f16": ("float16", 2)}
 _BLOCKS_LABEL = re.compile(r"q([248])g(16|32|64|128|256)(z?)")
-_LOWRANK_LABEL = re.compile(r"r([1-9][0-9]*)\.(q[248]g(?:16|32|64|128|256)z?)")
+_FACTORS_LABEL = re.compile(r"([rp])([1-9][0-9]*)\.(f32|f16|q[248]g(?:16|32|64|128|256)z?)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class TensorSpec:
         count = 1
         for side in self.shape:
             count *= side
-        return count * {"uint8": 1, "float16": 2, "float32": 4}[self.dtype]
+        return count * {"uint8": 1, "float16": 2, "float32": 4, "int32": 4}[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +82,10 @@ class BlockForm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowRankForm:
-    """W ≈ up · down with up (rows, rank) and down (rank, cols), both stored in `factors`' blocks."""
+    """W ≈ up · down with up (rows, rank) and down (rank, cols), both stored as `factors`."""
 
     rank: int
-    factors: BlockForm
+    factors: FloatForm | BlockForm
 
     @property
     def label(self) -> str:
@@ -97,6 +97,31 @@ class LowRankForm:
         down = self.factors.tensors(self.rank, cols)
         up = self.factors.tensors(rows, self.rank)
         return {f"down.{name}": spec for name, spec in down.items()} | {f"up.{name}": spec for name, spec in up.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PivotForm:
+    """W ≈ P [I; rest] base: `base` (rank, cols) stands for as many of W's own rows, `rest` (rows - rank, rank) makes
+    the others of them, `order` says which: row i of W is row order[i] of [I; rest] base.
+
+    It has rank · (rows + cols - rank) elements: unlike two factors, fewer than W at every rank.
+    """
+
+    rank: int
+    factors: FloatForm | BlockForm
+
+    @property
+    def label(self) -> str:
+        """The form's name, which parse_form reads."""
+        return f"p{self.rank}.{self.factors.label}"
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """The tensors of both factors, named `base.…` and `rest.…`, and `order` (rows,)."""
+        if self.rank >= rows:
+            raise ArtifactError(f"form {self.label!r}: its rank is not below the {rows} rows of the matrix")
+        parts = {"base": self.factors.tensors(self.rank, cols), "rest": self.factors.tensors(rows - self.rank, self.rank)}
+        named = {f"{part}.{name}": spec for part, specs in parts.items() for name, spec in specs.items()}
+        return named | {"order": TensorSpec(dtype="int32", shape=(rows,))}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,27 +143,29 @@ class SumForm:
         return {f"{part}.{name}": spec for part, specs in parts.items() for name, spec in specs.items()}
 
 
-Form = FloatForm | BlockForm | LowRankForm | SumForm
+Form = FloatForm | BlockForm | LowRankForm | PivotForm | SumForm
 
 
 def parse_form(label: str) -> Form:
-    """The form a label names: "f32", "f16", "q4g64", "q2g32z", "q4g64z+q2g64", "r64.q8g32"."""
+    """The form a label names: "f32", "f16", "q4g64", "q2g32z", "q4g64z+q2g64", "r64.q8g32", "p100.f32"."""
     if label in _FLOATS:
         return FloatForm(label=label)
     if match := _BLOCKS_LABEL.fullmatch(label):
         return BlockForm(bits=int(match.group(1)), block=int(match.group(2)), zeros=bool(match.group(3)))
-    if match := _LOWRANK_LABEL.fullmatch(label):
-        factors = parse_form(match.group(2))
-        assert isinstance(factors, BlockForm)
-        rank = int(match.group(1))
-        if rank % factors.block:
+    if match := _FACTORS_LABEL.fullmatch(label):
+        rank, factors = int(match.group(2)), parse_form(match.group(3))
+        assert isinstance(factors, FloatForm | BlockForm)
+        if isinstance(factors, BlockForm) and rank % factors.block:
             raise ArtifactError(f"form {label!r}: rank {rank} is not a multiple of block {factors.block}")
-        return LowRankForm(rank=rank, factors=factors)
+        return LowRankForm(rank=rank, factors=factors) if match.group(1) == "r" else PivotForm(rank=rank, factors=factors)
     if label.count("+") == 1:
         first, second = (parse_form(part) for part in label.split("+"))
         if isinstance(first, BlockForm) and isinstance(second, BlockForm):
             return SumForm(first=first, second=second)
-    raise ArtifactError(f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of these with +, or r<rank>.q<bits>g<block>[z]")
+    raise ArtifactError(
+        f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of the latter with +, "
+        "or two factors of rank n as r<n>. or p<n>. before f32, f16 or q<bits>g<block>[z]"
+    )
 
 
 def form_bytes(form: Form, rows: int, cols: int) -> int:
@@ -153,4 +180,6 @@ def form_nodes(form: Form) -> int:
             return 2
         case SumForm():
             return 3
+        case PivotForm():
+            return 4
     return 1

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from packager.errors import ArtifactError
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, SumForm, TensorSpec, form_bytes
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, TensorSpec, form_bytes
 from packager.profile import MemoryCoefficients
 
 Role = Literal["linear", "embedding", "head", "tied"]
@@ -120,7 +120,7 @@ def looked_up_bytes(form: Form, rows: int, cols: int, *, role: Role, coefficient
     """The part of `resident_bytes` that is only touched as tokens come, not while the model loads."""
     if role not in ("embedding", "tied"):
         return 0
-    if isinstance(form, LowRankForm | SumForm):
+    if isinstance(form, LowRankForm | PivotForm | SumForm):
         raise ArtifactError(f"form {form.label!r}: an embedding cannot be stored in factors")
     return sum(_touched_bytes(spec, context_tokens, coefficients) for spec in form.tensors(rows, cols).values())
 
@@ -212,6 +212,9 @@ def _multiplied_bytes(form: Form, rows: int, cols: int, coefficients: MemoryCoef
             return _multiplied_bytes(first, rows, cols, coefficients) + _multiplied_bytes(second, rows, cols, coefficients)
         case LowRankForm(rank=rank, factors=factors):
             return _multiplied_bytes(factors, rank, cols, coefficients) + _multiplied_bytes(factors, rows, rank, coefficients)
+        case PivotForm(rank=rank, factors=factors):
+            order = form.tensors(rows, cols)["order"].bytes
+            return _multiplied_bytes(factors, rank, cols, coefficients) + _multiplied_bytes(factors, rows - rank, rank, coefficients) + order
 
 
 def _touched_bytes(table: TensorSpec, tokens: int | None, coefficients: MemoryCoefficients) -> int:

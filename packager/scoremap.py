@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from packager.errors import ArtifactError
 from packager.files import dump_json
-from packager.forms import BlockForm, Form, LowRankForm, SumForm, form_bytes, parse_form
+from packager.forms import BlockForm, Form, LowRankForm, PivotForm, SumForm, form_bytes, parse_form
 from packager.records import from_plain
 
 SCHEMA = 1
@@ -146,7 +146,7 @@ def form_bits(form: Form) -> int | None:
     match form:
         case BlockForm(bits=bits):
             return bits
-        case LowRankForm(factors=BlockForm(bits=bits)) | SumForm(first=BlockForm(bits=bits)):
+        case LowRankForm(factors=BlockForm(bits=bits)) | PivotForm(factors=BlockForm(bits=bits)) | SumForm(first=BlockForm(bits=bits)):
             return bits
     return None
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -39,6 +40,9 @@ from packager.scoring.score import ScoreSettings, score_model
 # Tensors this small are slower on several threads than on one, far slower where cores are shared.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# A machine that others compute on is slow at random.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 # Nothing here may ask the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

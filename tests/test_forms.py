@@ -7,12 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, SumForm, form_bytes, parse_form
+from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, form_bytes, form_nodes, parse_form
 
 block_forms = st.builds(BlockForm, bits=st.sampled_from(BITS), block=st.sampled_from(BLOCKS), zeros=st.booleans())
-factored = st.builds(lambda form, times: LowRankForm(rank=form.block * times, factors=form), block_forms, st.integers(1, 9))
+float_forms = st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")])
+kinds = st.sampled_from([LowRankForm, PivotForm])
+factored = st.builds(lambda kind, form, times: kind(rank=form.block * times, factors=form), kinds, block_forms, st.integers(1, 9))
+float_factored = st.builds(lambda kind, form, rank: kind(rank=rank, factors=form), kinds, float_forms, st.integers(1, 999))
 sums = st.builds(SumForm, first=block_forms, second=block_forms)
-forms = st.one_of(st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")]), block_forms, factored, sums)
+forms = st.one_of(float_forms, block_forms, factored, float_factored, sums)
 
 
 @given(forms)
@@ -34,7 +37,12 @@ def test_labels_name_their_forms(form: Form) -> None:
         "q4g32\n",
         "r0.q4g32",
         "r032.q4g32",
-        "r32.f32",
+        "r32.f64",
+        "r0.f32",
+        "p032.f32",
+        "p32",
+        "p32.p32.f32",
+        "f32.p32",
         "r32",
         "r32.r32.q4g32",
         "q4g٣٢",
@@ -47,16 +55,41 @@ def test_labels_name_their_forms(form: Form) -> None:
 def test_unknown_labels_are_refused(label: str) -> None:
     with pytest.raises(ArtifactError) as caught:
         parse_form(label)
-    assert str(caught.value) == f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of these with +, or r<rank>.q<bits>g<block>[z]"
+    assert str(caught.value) == (
+        f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of the latter with +, "
+        "or two factors of rank n as r<n>. or p<n>. before f32, f16 or q<bits>g<block>[z]"
+    )
 
 
 def test_a_rank_is_whole_blocks() -> None:
     with pytest.raises(ArtifactError) as caught:
         parse_form("r48.q4g32z")
     assert str(caught.value) == "form 'r48.q4g32z': rank 48 is not a multiple of block 32"
+    assert parse_form("r48.f32") == LowRankForm(rank=48, factors=FloatForm(label="f32"))
 
 
-@given(forms, st.integers(1, 3000), st.integers(1, 3000))
+@pytest.mark.parametrize("rows", [32, 31])
+def test_a_pivot_form_has_fewer_rows_in_its_base_than_in_all(rows: int) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        form_bytes(parse_form("p32.f32"), rows, 64)
+    assert str(caught.value) == f"form 'p32.f32': its rank is not below the {rows} rows of the matrix"
+
+
+@given(st.integers(2, 2000), st.integers(1, 2000), st.data())
+def test_a_pivot_form_is_never_larger_than_the_matrix(rows: int, cols: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, min(rows - 1, cols)))
+    elements = (form_bytes(parse_form(f"p{rank}.f32"), rows, cols) - 4 * rows) // 4
+    assert elements == rank * (rows + cols - rank) <= rows * cols
+    assert elements == rows * cols - (rows - rank) * (cols - rank)
+    assert 4 * elements < form_bytes(parse_form(f"r{rank}.f32"), rows, cols)
+
+
+def test_nodes_of_each_form() -> None:
+    counts = {"f32": 1, "q4g32": 1, "r32.q4g32": 2, "r7.f32": 2, "q4g32+q2g64": 3, "p32.q4g32z": 4}
+    assert {label: form_nodes(parse_form(label)) for label in counts} == counts
+
+
+@given(forms, st.integers(9 * 256 + 1, 5000), st.integers(1, 3000))
 def test_bytes_are_the_sum_of_the_tensors(form: Form, rows: int, cols: int) -> None:
     assert form_bytes(form, rows, cols) == sum(spec.bytes for spec in form.tensors(rows, cols).values()) > 0
 
@@ -72,6 +105,9 @@ def test_bytes_of_known_shapes() -> None:
     assert form_bytes(parse_form("q4g32z"), 1, 96) == 3 * 20 + 2
     assert form_bytes(parse_form("q2g16z"), 1, 80) == 5 * (4 + 4) + 2
     assert form_bytes(parse_form("r32.q4g32"), 10, 64) == 32 * 2 * 20 + 10 * 20
+    # 32 rows of 2 blocks, 8 rows of 1 block, and 40 numbers of the order
+    assert form_bytes(parse_form("p32.q4g32"), 40, 64) == 32 * 2 * 20 + 8 * 20 + 40 * 4
+    assert form_bytes(parse_form("p7.f16"), 40, 64) == 2 * (7 * 64 + 33 * 7) + 40 * 4
     assert form_bytes(parse_form("q4g32+q2g64"), 3, 64) == 3 * (2 * 20 + 20)
 
 

@@ -19,7 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 from packager.bundle import GRAPH_FILE
 from packager.checkpoint import vectors
 from packager.errors import ExportError, UnsupportedModelError
-from packager.forms import FloatForm, Form, LowRankForm, SumForm, parse_form
+from packager.forms import FloatForm, Form, LowRankForm, PivotForm, SumForm, parse_form
 from packager.graph.packing import dequantize, pack_blocks
 from packager.graph.skeleton import export_skeleton
 from packager.graph.surgery import GraphOptions, Placement, write_model
@@ -72,6 +72,14 @@ def quantise(form: Form, weights: np.ndarray[Any, Any]) -> dict[str, np.ndarray[
             up, down = np.pad(up, ((0, 0), (0, pad))), np.pad(down, ((0, pad), (0, 0)))
             parts = {f"down.{key}": value for key, value in quantise(form.factors, down).items()}
             return parts | {f"up.{key}": value for key, value in quantise(form.factors, up).items()}
+        case PivotForm():
+            # Any rows do here, even ones that span the others badly; not in their old order.
+            rows_in_order = np.random.default_rng(rows).permutation(rows)
+            few, others = weights[rows_in_order[: form.rank]], weights[rows_in_order[form.rank :]]
+            rest = np.linalg.lstsq(few.T, others.T, rcond=None)[0].T
+            parts = {f"base.{key}": value for key, value in quantise(form.factors, few).items()}
+            parts |= {f"rest.{key}": value for key, value in quantise(form.factors, rest).items()}
+            return parts | {"order": np.argsort(rows_in_order).astype(np.int32)}
         case SumForm():
             first = quantise(form.first, weights)
             second = quantise(form.second, weights - dequantize(form.first, first, rows, cols))
@@ -158,7 +166,7 @@ def test_every_unit_in_one_form(name: str, label: str, skeletons: Callable[[str]
     check(skeletons(name), lambda source: label, tmp_path)
 
 
-@pytest.mark.parametrize("label", ["r32.q4g32z", "r16.q8g16", "q4g32z+q2g64", "q4g64+q4g32z"])
+@pytest.mark.parametrize("label", ["r32.q4g32z", "r16.q8g16", "r11.f32", "p16.q4g16z", "p16.q8g16", "p11.f32", "q4g32z+q2g64", "q4g64+q4g32z"])
 def test_linears_in_two_parts(label: str, skeletons: Callable[[str], Skeleton], tmp_path: Path) -> None:
     check(skeletons("llama"), lambda source: label if source.unit.kind == "linear" else "f32", tmp_path)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, form_bytes, parse_form
+from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, form_bytes, parse_form
 from packager.memory import ROLES, Geometry, MemoryEstimate, Role, cache_bytes, estimate, looked_up_bytes, resident_bytes, tokenizer_entries
 from packager.profile import MemoryCoefficients
 
@@ -35,6 +35,7 @@ TINY = Geometry(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_d
 block_forms = st.builds(BlockForm, bits=st.sampled_from(BITS), block=st.sampled_from(BLOCKS), zeros=st.booleans())
 factor_forms = st.builds(lambda form, times: LowRankForm(rank=form.block * times, factors=form), block_forms, st.integers(1, 4))
 table_forms = st.one_of(st.sampled_from([FloatForm(label="f32")]), block_forms)
+pivot_forms = st.builds(lambda form, times: PivotForm(rank=form.block * times, factors=form), block_forms, st.integers(1, 4))
 forms = st.one_of(table_forms, factor_forms)
 sides = st.integers(1, 5_000)
 geometries = st.builds(
@@ -101,6 +102,9 @@ def test_load_is_the_peak_of_a_model_that_is_one_large_float_matrix() -> None:
         ("q8g128", 64 * (640 + 3 * 5 * 4)),  # K padded to 5 blocks
         ("q2g64", 64 * (12 * 16 + 9 * 4 + 2 * 12 * 4)),  # 9 blocks in the file, 12 in the kernel's order
         ("r64.q4g64", 64 * (288 + 3 * 9 * 4) + 64 * (32 + 3 * 4)),
+        ("r10.f32", 4 * 10 * (64 + 576)),
+        ("p32.q4g32", 32 * (288 + 3 * 18 * 4) + 32 * (16 + 3 * 4) + 64 * 4),
+        ("p10.f32", 4 * 10 * (64 + 576 - 10) + 64 * 4),
     ],
 )
 def test_resident_bytes_of_a_matrix_64_by_576(label: str, linear: int) -> None:
@@ -168,6 +172,11 @@ def test_items_sum_up_to_the_peak(geometry: Geometry, request_: dict[str, int]) 
 
 @given(forms, sides, sides)
 def test_a_matrix_never_takes_less_than_its_file(form: Form, rows: int, cols: int) -> None:
+    assert resident(form, rows, cols, "linear") >= form_bytes(form, rows, cols)
+
+
+@given(pivot_forms, st.integers(1_025, 5_000), sides)
+def test_a_pivot_form_never_takes_less_than_its_file(form: Form, rows: int, cols: int) -> None:
     assert resident(form, rows, cols, "linear") >= form_bytes(form, rows, cols)
 
 

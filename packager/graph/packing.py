@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, SumForm
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -63,20 +63,31 @@ def pack_blocks(form: BlockForm, codes: Bytes, scales: Floats, zeros: Bytes | No
     return packed
 
 
+def prefixed(prefix: str, tensors: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+    """The tensors of one part of a form of several, under that part's names."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def part(tensors: Mapping[str, NDArray[np.generic]], prefix: str) -> dict[str, NDArray[np.generic]]:
+    """The tensors of one part under their own names; the inverse of `prefixed`."""
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+
+
 def dequantize(form: Form, tensors: Mapping[str, NDArray[np.generic]], rows: int, cols: int) -> Floats:
     """The (rows, cols) float32 matrix that the kernels compute with, in memory of its own."""
     match form:
         case FloatForm():
             return np.array(tensors["weight"], dtype=np.float32)
         case SumForm():
-            first = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("first.")}
-            second = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("second.")}
-            return dequantize(form.first, first, rows, cols) + dequantize(form.second, second, rows, cols)
-        case LowRankForm():
-            down = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("down.")}
-            up = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("up.")}
-            product: Floats = dequantize(form.factors, up, rows, form.rank) @ dequantize(form.factors, down, form.rank, cols)
+            return dequantize(form.first, part(tensors, "first"), rows, cols) + dequantize(form.second, part(tensors, "second"), rows, cols)
+        case LowRankForm(rank=rank, factors=factors):
+            product: Floats = dequantize(factors, part(tensors, "up"), rows, rank) @ dequantize(factors, part(tensors, "down"), rank, cols)
             return product
+        case PivotForm(rank=rank, factors=factors):
+            base = dequantize(factors, part(tensors, "base"), rank, cols)
+            rest = dequantize(factors, part(tensors, "rest"), rows - rank, rank)
+            stacked: Floats = np.concatenate([base, rest @ base])[np.asarray(tensors["order"])]
+            return stacked
         case BlockForm():
             return _dequantize_blocks(form, tensors, rows, cols)
 

@@ -15,11 +15,11 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from packager.errors import ExportError
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, SumForm, TensorSpec
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, TensorSpec
 from packager.graph.layout import EMBEDDING
 from packager.store import Region
 
-_DTYPES = {"uint8": ir.DataType.UINT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
+_DTYPES = {"uint8": ir.DataType.UINT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
 _ALIGNMENT = 64
 _INLINE_LIMIT = 1024
 _ROTARY_PREFIXES = ("cos_cache", "sin_cache")
@@ -199,21 +199,27 @@ class _Surgeon:
         """The nodes that multiply by one segment; the last one's output is the product."""
         unit = segment.placement
         match unit.form:
-            case FloatForm():
-                weight = self._initializer(f"{unit.name}.weight", segment.tensors["weight"])
-                return [ir.Node(_DOMAIN, "FusedMatMul", [source, weight], [ir.AttrInt64("transB", 1)], name=base)]
-            case BlockForm() as form:
-                return [self._blocks_node(base, source, segment, form, "", unit.rows, unit.cols)]
+            case FloatForm() | BlockForm() as form:
+                return [self._kernel(base, source, segment, form, "", unit.rows, unit.cols)]
             case LowRankForm(rank=rank, factors=form):
-                down = self._blocks_node(f"{base}/down", source, segment, form, "down.", rank, unit.cols)
-                return [down, self._blocks_node(f"{base}/up", down.outputs[0], segment, form, "up.", unit.rows, rank)]
+                down = self._kernel(f"{base}/down", source, segment, form, "down.", rank, unit.cols)
+                return [down, self._kernel(f"{base}/up", down.outputs[0], segment, form, "up.", unit.rows, rank)]
+            case PivotForm(rank=rank, factors=form):
+                few = self._kernel(f"{base}/base", source, segment, form, "base.", rank, unit.cols)
+                rest = self._kernel(f"{base}/rest", few.outputs[0], segment, form, "rest.", unit.rows - rank, rank)
+                joined = ir.Node("", "Concat", [few.outputs[0], rest.outputs[0]], [ir.AttrInt64("axis", -1)], name=f"{base}/Concat")
+                order = self._initializer(f"{unit.name}.order", segment.tensors["order"])
+                return [few, rest, joined, ir.Node("", "Gather", [joined.outputs[0], order], [ir.AttrInt64("axis", -1)], name=f"{base}/Gather")]
             case SumForm(first=first, second=second):
-                coarse = self._blocks_node(f"{base}/coarse", source, segment, first, "first.", unit.rows, unit.cols)
-                fine = self._blocks_node(f"{base}/fine", source, segment, second, "second.", unit.rows, unit.cols)
+                coarse = self._kernel(f"{base}/coarse", source, segment, first, "first.", unit.rows, unit.cols)
+                fine = self._kernel(f"{base}/fine", source, segment, second, "second.", unit.rows, unit.cols)
                 return [coarse, fine, ir.Node("", "Add", [coarse.outputs[0], fine.outputs[0]], name=f"{base}/Add")]
 
-    def _blocks_node(self, node: str, source: ir.Value, segment: _Segment, form: BlockForm, prefix: str, rows: int, cols: int) -> ir.Node:
-        """A MatMulNBits over the segment's tensors whose names start with `prefix`."""
+    def _kernel(self, node: str, source: ir.Value, segment: _Segment, form: FloatForm | BlockForm, prefix: str, rows: int, cols: int) -> ir.Node:
+        """The node that multiplies by the (rows, cols) matrix in the segment's tensors whose names start with `prefix`."""
+        if isinstance(form, FloatForm):
+            weight = self._initializer(f"{segment.placement.name}.{prefix}weight", segment.tensors[f"{prefix}weight"])
+            return ir.Node(_DOMAIN, "FusedMatMul", [source, weight], [ir.AttrInt64("transB", 1)], name=node)
         inputs: list[ir.Value | None] = [source]
         for part in ("codes", "scales", "zeros") if form.zeros else ("codes", "scales"):
             inputs.append(self._initializer(f"{segment.placement.name}.{prefix}{part}", segment.tensors[prefix + part]))

@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, SumForm, parse_form
-from packager.graph.packing import pack_blocks
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, parse_form
+from packager.graph.packing import prefixed
 from packager.scoremap import Option, Unit
 from packager.scoring.curvature import Curvature
-from packager.scoring.lowrank import Spectrum, decompose, refit_left
-from packager.scoring.rounding import Rounded, gptq, inverse_factor, price, refit_scales, values
+from packager.scoring.factored import low_rank, pivoted, stored
+from packager.scoring.lowrank import Spectrum, decompose
+from packager.scoring.rounding import gptq, inverse_factor, packed, price, refit_scales, values
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -31,6 +32,20 @@ QUICK_VOCABULARY_FORMS = ("q8g64", "q4g64z")
 _MOST_PADDING = 1.06
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
 _RANK_SHARES = (0.25, 0.5)
+_PIVOT_SHARES = (0.25, 0.5, 0.75)
+_FLOAT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_QUICK_FLOAT_SHARES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """What a device multiplies by: floats as its graph holds them ("f32" or "f16"), and codes of few bits or not."""
+
+    floats: str = "f32"
+    low_bit: bool = True
+
+
+ALL_KERNELS = Kernels()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,18 +56,28 @@ class Scored:
     tensors: Arrays
 
 
-def forms_for(unit: Unit, *, quick: bool) -> list[Form]:
+def forms_for(unit: Unit, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> list[Form]:
     """The forms worth trying for a unit. Blocks longer than a row only pad; the head is never at 2 bits."""
+    whole = FloatForm(label=kernels.floats)
+    if not kernels.low_bit:
+        shares = () if unit.kind != "linear" else _QUICK_FLOAT_SHARES if quick else _FLOAT_SHARES
+        return [whole, *(PivotForm(rank=rank, factors=whole) for rank in _ranks(unit, shares, 8 if min(unit.rows, unit.cols) >= 64 else 1))]
     if unit.kind == "linear":
         labels: Sequence[str] = QUICK_LINEAR_FORMS if quick else LINEAR_FORMS
     else:
         labels = QUICK_VOCABULARY_FORMS if quick else VOCABULARY_FORMS
-    forms: list[Form] = [FloatForm(label="f32")]
+    forms: list[Form] = [whole]
     forms += [form for form in (parse_form(label) for label in labels) if _fits(form, unit.cols)]
     if unit.kind == "linear" and not quick:
-        ranks = {int(min(unit.rows, unit.cols) * share) // _FACTORS.block * _FACTORS.block for share in _RANK_SHARES}
-        forms += [LowRankForm(rank=rank, factors=_FACTORS) for rank in sorted(ranks) if rank >= _FACTORS.block]
+        forms += [LowRankForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _RANK_SHARES, _FACTORS.block)]
+        forms += [PivotForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _PIVOT_SHARES, _FACTORS.block)]
     return forms
+
+
+def _ranks(unit: Unit, shares: Sequence[float], multiple: int) -> list[int]:
+    """The multiples of `multiple` at shares of the full rank, rising."""
+    ranks = {int(min(unit.rows, unit.cols) * share) // multiple * multiple for share in shares}
+    return sorted(rank for rank in ranks if rank)
 
 
 def _fits(form: Form, cols: int) -> bool:
@@ -65,7 +90,7 @@ def _fits(form: Form, cols: int) -> bool:
     return True
 
 
-def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool) -> Iterator[Scored]:
+def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> Iterator[Scored]:
     """Every option of a unit with weights (rows, cols)."""
     weights = weights.float()
     hessian = _joint_hessian(curvature)
@@ -73,22 +98,25 @@ def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool
     importance = hessian.diagonal()
     spectrum: Spectrum | None = None
     tensors: Arrays
-    for form in forms_for(unit, quick=quick):
+    for form in forms_for(unit, quick=quick, kernels=kernels):
         match form:
             case FloatForm():
-                approximation, tensors = weights, {"weight": weights.cpu().numpy().astype(np.float32)}
+                approximation, tensors = stored(weights, form, hessian)
             case BlockForm():
                 rounded = refit_scales(weights, gptq(weights, factor, importance, form), hessian, form)
-                approximation, tensors = values(rounded, form), _packed(rounded, form)
+                approximation, tensors = values(rounded, form), packed(rounded, form)
             case SumForm(first=first, second=second):
                 coarse = refit_scales(weights, gptq(weights, factor, importance, first), hessian, first)
                 left = weights - values(coarse, first)
                 fine = refit_scales(left, gptq(left, factor, importance, second), hessian, second)
                 approximation = values(coarse, first) + values(fine, second)
-                tensors = _prefixed("first", _packed(coarse, first)) | _prefixed("second", _packed(fine, second))
+                tensors = prefixed("first", packed(coarse, first)) | prefixed("second", packed(fine, second))
             case LowRankForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                approximation, tensors = _low_rank(weights, spectrum, form, hessian)
+                approximation, tensors = low_rank(weights, spectrum, form, hessian, factor)
+            case PivotForm():
+                spectrum = spectrum or decompose(weights, *curvature.pairs[0])
+                approximation, tensors = pivoted(weights, spectrum, form, hessian, factor)
         error = approximation - weights
         loss = 0.0 if isinstance(form, FloatForm) else sum(price(error, h, g) for h, g in curvature.pairs)
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -100,24 +128,3 @@ def _joint_hessian(curvature: Curvature) -> Tensor:
     if len(curvature.pairs) == 1:
         return curvature.pairs[0][0]
     return torch.stack([hessian * gradient.sum() for hessian, gradient in curvature.pairs]).sum(0)
-
-
-def _packed(rounded: Rounded, form: BlockForm) -> Arrays:
-    zeros = rounded.zeros.cpu().numpy() if rounded.zeros is not None else None
-    return pack_blocks(form, rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
-
-
-def _prefixed(prefix: str, tensors: Arrays) -> Arrays:
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _low_rank(weights: Tensor, spectrum: Spectrum, form: LowRankForm, hessian: Tensor) -> tuple[Tensor, Arrays]:
-    """Truncate, round the right factor under H, refit the left to it, round the left under what it then reads."""
-    right = spectrum.right[: form.rank]
-    rounded_right = refit_scales(right, gptq(right, inverse_factor(hessian), hessian.diagonal(), form.factors), hessian, form.factors)
-    down = values(rounded_right, form.factors)
-    left = refit_left(weights, down, hessian)
-    inner = down @ hessian @ down.T
-    rounded_left = refit_scales(left, gptq(left, inverse_factor(inner), inner.diagonal(), form.factors), inner, form.factors)
-    tensors = _prefixed("down", _packed(rounded_right, form.factors)) | _prefixed("up", _packed(rounded_left, form.factors))
-    return values(rounded_left, form.factors) @ down, tensors

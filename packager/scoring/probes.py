@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, LowRankForm, SumForm
+from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm, SumForm
 from packager.identity import Probe
 from packager.losses import token_losses
 from packager.scoremap import Option, ScoreMap, Unit
@@ -84,7 +84,7 @@ def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
             return "float"
         case BlockForm(bits=bits):
             kind = f"{bits} bits"
-        case LowRankForm():
+        case LowRankForm() | PivotForm():
             kind = "low rank"
         case SumForm(first=first, second=second):
             kind = f"{first.bits} + {second.bits} bits"

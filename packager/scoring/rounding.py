@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from packager.forms import BlockForm
+from packager.graph.packing import pack_blocks
 
 _DAMPING = 0.01
 _SLAB = 128
@@ -138,6 +141,12 @@ def values(rounded: Rounded, form: BlockForm) -> Tensor:
     cols = rounded.codes.shape[1]
     scales = rounded.scales.repeat_interleave(form.block, dim=1)[:, :cols]
     return _centred(rounded, form) * scales
+
+
+def packed(rounded: Rounded, form: BlockForm) -> dict[str, NDArray[np.generic]]:
+    """The tensors that the codes are stored in."""
+    zeros = rounded.zeros.cpu().numpy() if rounded.zeros is not None else None
+    return pack_blocks(form, rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
 
 
 def _centred(rounded: Rounded, form: BlockForm) -> Tensor:
