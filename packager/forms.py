@@ -173,6 +173,16 @@ def form_bytes(form: Form, rows: int, cols: int) -> int:
     return sum(spec.bytes for spec in form.tensors(rows, cols).values())
 
 
+def activation_block(form: Form) -> int | None:
+    """Elements of an input that a form's kernels round to 8 bits together; None where they multiply in float."""
+    match form:
+        case BlockForm(block=block) | SumForm(first=BlockForm(block=block)):
+            return block
+        case LowRankForm(factors=BlockForm(block=block)) | PivotForm(factors=BlockForm(block=block)):
+            return block
+    return None
+
+
 def form_nodes(form: Form) -> int:
     """Graph nodes that multiply by a matrix in `form`."""
     match form:

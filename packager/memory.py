@@ -120,7 +120,7 @@ def looked_up_bytes(form: Form, rows: int, cols: int, *, role: Role, coefficient
     """The part of `resident_bytes` that is only touched as tokens come, not while the model loads."""
     if role not in ("embedding", "tied"):
         return 0
-    if isinstance(form, LowRankForm | PivotForm | SumForm):
+    if isinstance(form, LowRankForm | PivotForm):
         raise ArtifactError(f"form {form.label!r}: an embedding cannot be stored in factors")
     return sum(_touched_bytes(spec, context_tokens, coefficients) for spec in form.tensors(rows, cols).values())
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from test_scoring import correlated, weights_of
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm, form_bytes, parse_form
+from packager.forms import BLOCKS, BlockForm, FloatForm, LowRankForm, PivotForm, form_bytes, parse_form
 from packager.graph.packing import dequantize
 from packager.scoremap import Unit
 from packager.scoring.curvature import Curvature
 from packager.scoring.factored import low_rank, pivoted
 from packager.scoring.lowrank import decompose, pivot_rows
 from packager.scoring.options import Kernels, forms_for, score_unit
-from packager.scoring.rounding import gptq, inverse_factor, packed, price, refit_scales, values
+from packager.scoring.rounding import Feedback, feedback, gptq, grid_of, packed, price, round_to, values
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +62,7 @@ def test_what_is_made_is_what_is_stored(label: str, shape: tuple[int, int]) -> N
     assert isinstance(form, LowRankForm | PivotForm)
     hessian, gradient = correlated(shape[1], 1), correlated(shape[0], 2)
     make: Any = pivoted if isinstance(form, PivotForm) else low_rank
-    approximation, tensors = make(weights, decompose(weights, hessian, gradient), form, hessian, inverse_factor(hessian))
+    approximation, tensors = make(weights, decompose(weights, hessian, gradient), form, feedback(hessian))
     specs = form.tensors(*shape)
     assert {name: (str(tensor.dtype), tensor.shape) for name, tensor in tensors.items()} == {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
     assert sum(tensor.nbytes for tensor in tensors.values()) == form_bytes(form, *shape)
@@ -73,10 +73,10 @@ def test_what_is_made_is_what_is_stored(label: str, shape: tuple[int, int]) -> N
 @pytest.mark.parametrize("rank", [1, 16, 48])
 def test_pairs_and_pivots_in_float_are_the_same_matrix(rank: int) -> None:
     weights, hessian, gradient = weights_of(96, 72), correlated(72, 1), correlated(96, 2)
-    spectrum, factor = decompose(weights, hessian, gradient), inverse_factor(hessian)
+    spectrum, spread = decompose(weights, hessian, gradient), feedback(hessian)
     whole = FloatForm(label="f32")
-    pair, _ = low_rank(weights, spectrum, LowRankForm(rank=rank, factors=whole), hessian, factor)
-    pivot, _ = pivoted(weights, spectrum, PivotForm(rank=rank, factors=whole), hessian, factor)
+    pair, _ = low_rank(weights, spectrum, LowRankForm(rank=rank, factors=whole), spread)
+    pivot, _ = pivoted(weights, spectrum, PivotForm(rank=rank, factors=whole), spread)
     torch.testing.assert_close(pair, pivot, atol=1e-5, rtol=1e-4)
 
 
@@ -91,7 +91,8 @@ def naive_pivot(weights: Tensor, hessian: Tensor, gradient: Tensor, form: PivotF
     def nearest(matrix: Tensor) -> Tensor:
         assert isinstance(form.factors, BlockForm)
         size = matrix.shape[1]
-        return values(gptq(matrix, torch.eye(size), torch.ones(size), form.factors), form.factors)
+        plain = Feedback(hessian=torch.eye(size), order=torch.arange(size), upper=torch.eye(size))
+        return values(gptq(matrix, plain, grid_of(form.factors)), form.factors)
 
     return torch.cat([nearest(base), nearest(coefficients) @ nearest(base)])[torch.argsort(rows)]
 
@@ -101,7 +102,7 @@ def test_fitting_to_what_was_rounded_pays(shape: tuple[int, int]) -> None:
     form = parse_form("p32.q4g32z")
     assert isinstance(form, PivotForm)
     weights, hessian, gradient = weights_of(*shape), correlated(shape[1], 1), correlated(shape[0], 2)
-    found, _ = pivoted(weights, decompose(weights, hessian, gradient), form, hessian, inverse_factor(hessian))
+    found, _ = pivoted(weights, decompose(weights, hessian, gradient), form, feedback(hessian))
     naive = naive_pivot(weights, hessian, gradient, form)
     assert price(found - weights, hessian, gradient) < price(naive - weights, hessian, gradient)
 
@@ -114,7 +115,7 @@ def test_pivots_under_a_singular_curvature(rank: int) -> None:
     for label in ("p16.q4g16z", "p16.f32"):
         form = parse_form(label)
         assert isinstance(form, PivotForm)
-        found, _ = pivoted(weights, decompose(weights, hessian, gradient), form, hessian, inverse_factor(hessian))
+        found, _ = pivoted(weights, decompose(weights, hessian, gradient), form, feedback(hessian))
         assert bool(torch.isfinite(found).all())
 
 
@@ -124,7 +125,8 @@ def test_pivots_under_a_singular_curvature(rank: int) -> None:
 def test_without_low_bit_kernels_everything_is_float(floats: str, quick: bool, shape: tuple[int, int]) -> None:
     kernels = Kernels(floats=floats, low_bit=False)
     unit = Unit(name="some", kind="linear", rows=shape[0], cols=shape[1], matrix="some")
-    curvature = Curvature(pairs=((correlated(shape[1], 1), correlated(shape[0], 2)),))
+    hessian = correlated(shape[1], 1)
+    curvature = Curvature(pairs=((hessian, correlated(shape[0], 2)),), rounding=hessian, noise=torch.zeros(len(BLOCKS), shape[1]))
     scored = [item.option for item in score_unit(unit, weights_of(*shape), curvature, quick=quick, kernels=kernels)]
     assert [option.form for option in scored] == forms_for(unit, quick=quick, kernels=kernels)
     assert scored[0].form == FloatForm(label=floats)
@@ -140,5 +142,5 @@ def test_packed_tensors_are_those_of_the_form() -> None:
     form, weights = parse_form("q4g32z"), weights_of(6, 40)
     assert isinstance(form, BlockForm)
     hessian = correlated(40, 1)
-    rounded = refit_scales(weights, gptq(weights, inverse_factor(hessian), hessian.diagonal(), form), hessian, form)
+    rounded = round_to(weights, form, feedback(hessian))
     np.testing.assert_array_equal(dequantize(form, packed(rounded, form), 6, 40), values(rounded, form).numpy())

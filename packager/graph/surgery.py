@@ -264,13 +264,24 @@ class _Surgeon:
         form = unit.form
         if isinstance(form, FloatForm):
             return [ir.Node("", "Gather", [self._initializer(f"{prefix}.weight", segment.tensors["weight"]), indices], name=base)]
-        if not isinstance(form, BlockForm):
-            raise ExportError(f"{unit.name}: an embedding cannot be stored as {form.label}")
-        shape = segment.tensors["codes"][1].shape
-        codes = self._initializer(f"{prefix}.codes", segment.tensors["codes"], (shape[0], shape[1] * shape[2]))
-        inputs: list[ir.Value | None] = [codes, indices, self._initializer(f"{prefix}.scales", segment.tensors["scales"])]
+        match form:
+            case BlockForm():
+                return self._lookup_blocks(base, indices, segment, form, "")
+            case SumForm(first=first, second=second):
+                parts = [self._lookup_blocks(f"{base}/{part}", indices, segment, code, f"{part}.") for part, code in (("first", first), ("second", second))]
+                total = ir.Node("", "Add", [nodes[-1].outputs[0] for nodes in parts], name=f"{base}/Add")
+                return [*parts[0], *parts[1], total]
+        raise ExportError(f"{unit.name}: an embedding cannot be stored as {form.label}")
+
+    def _lookup_blocks(self, base: str, indices: ir.Value, segment: _Segment, form: BlockForm, part: str) -> list[ir.Node]:
+        """A GatherBlockQuantized over the segment's tensors whose names start with `part`."""
+        unit, tensors = segment.placement, segment.tensors
+        prefix = f"{unit.name}.lookup.{part}" if unit.tied else f"{unit.name}.{part}"
+        shape = tensors[f"{part}codes"][1].shape
+        codes = self._initializer(f"{prefix}codes", tensors[f"{part}codes"], (shape[0], shape[1] * shape[2]))
+        inputs: list[ir.Value | None] = [codes, indices, self._initializer(f"{prefix}scales", tensors[f"{part}scales"])]
         if form.zeros:
-            inputs.append(self._initializer(f"{prefix}.zeros", segment.tensors["zeros"]))
+            inputs.append(self._initializer(f"{prefix}zeros", tensors[f"{part}zeros"]))
         attributes = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
         gather = ir.Node(_DOMAIN, "GatherBlockQuantized", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=base)
         if form.blocks(unit.cols) * form.block == unit.cols:

@@ -1,7 +1,12 @@
 """Second moments of inputs and output gradients on calibration text: the H and G of every unit.
 
-For a unit y = W x: H = E[x xᵀ] over tokens, and G = E[g gᵀ] with g the gradient of the summed token cross-entropy by
-y. Labels are those of the text (the empirical Fisher matrix) or, on request, drawn from the model itself (the Fisher
+For a unit y = W x: G = E[g gᵀ] over tokens, with g the gradient of the summed token cross-entropy by y, and
+H = E[|g|² x xᵀ] / E[|g|²]: the tokens that a unit's output matters for weigh more. With H = E[x xᵀ] inputs and gradients
+would have to be independent, and those of keys and values are not: a few tokens that all others attend to carry most
+of the gradient. The weighted H is the partner of G = I in the Kronecker product nearest to E[g gᵀ ⊗ x xᵀ] (Van Loan &
+Pitsianis 1993), and close to what GuidedQuant rounds under (Kim et al. 2025, arXiv 2505.07004).
+
+Labels are those of the text (the empirical Fisher matrix) or, on request, drawn from the model itself (the Fisher
 matrix; Kunstner et al. 2019, arXiv 1905.12558).
 """
 
@@ -13,15 +18,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from packager.forms import BLOCKS
+from packager.scoring.rounding import activation_error
 from packager.scoring.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curvature:
-    """H (cols, cols) of a unit's inputs, and G (rows, rows) of its outputs' gradients or, where the rows are a
-    vocabulary, a weight for each row (rows,). A tied unit has two pairs of which the prices add."""
+    """`pairs`: H (cols, cols) of a unit's inputs, and G (rows, rows) of its outputs' gradients or, where the rows are a
+    vocabulary, a weight for each row (rows,). A tied unit has two pairs of which the prices add.
+
+    `rounding` (cols, cols) is the H to round under: half the first moment weighted by gradients, half unweighted, for few tokens may
+    carry most of the weight. `noise` (len(BLOCKS), cols) is, for each block size, the variance of the error in each
+    channel when inputs are rounded to 8 bits; zeros where they never are (a table that is looked up).
+    """
 
     pairs: tuple[tuple[Tensor, Tensor], ...]
+    rounding: Tensor
+    noise: Tensor
 
 
 def collect(
@@ -37,7 +51,7 @@ def collect(
     """Curvature of `sources` on `windows` (n, length). Parameters get no gradient; the model is left as it was.
 
     `progress` is called with the number of windows done so far. Cost: one forward and one backward pass through the
-    model, and for each unit tokens · (cols² + rows²) multiply-adds.
+    model, and for each unit tokens · (2 cols² + rows²) multiply-adds.
     """
     collector = _Collector(model, sources, seed=seed, sampled=sampled)
     precision = torch.get_float32_matmul_precision()
@@ -64,6 +78,9 @@ class _Collector:
         self._sampled = sampled
         self._tokens = 0
         self._inputs: dict[str, Tensor] = {}
+        self._weighted: dict[str, Tensor] = {}
+        self._noise: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._alias: dict[str, str] = {}
         self._last_input: tuple[Tensor, str] | None = None
@@ -76,10 +93,10 @@ class _Collector:
         self._handles = [self._embedding.register_forward_hook(self._embedded)]
         if self._vocabulary:
             self._handles.append(self._head.register_forward_pre_hook(self._head_input))
-        for name in dict.fromkeys(source.module for source in sources if source.unit.kind == "linear"):
-            module = model.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
-            self._handles.append(module.register_forward_hook(self._output_hook(name)))
+        linear = [source for source in sources if source.unit.kind == "linear"]
+        for name in dict.fromkeys(source.module for source in linear):
+            parts = [source for source in linear if source.module == name]
+            self._handles.append(model.get_submodule(name).register_forward_hook(self._linear_hook(name, parts)))
         rows = self._embedding.weight.shape[0]
         self._counts = torch.zeros(rows, dtype=torch.float64, device=self._device)
         self._mass = torch.zeros(rows, dtype=torch.float64, device=self._device)
@@ -114,39 +131,57 @@ class _Collector:
 
     def curvature(self, source: Source) -> Curvature:
         """What was collected for one unit."""
+        name = source.unit.name
         if source.unit.kind == "linear":
-            inputs = self._inputs[self._alias[source.module]] / self._tokens
+            weight = self._weights[name].clamp(min=torch.finfo(torch.float32).tiny)
+            weighted, plain = self._weighted[name] / weight, self._inputs[self._alias[source.module]] / self._tokens
             gradients = self._gradients[source.module][source.start : source.stop, source.start : source.stop] / self._tokens
-            return Curvature(pairs=((inputs, gradients),))
-        head = (self._inputs["head"] / self._tokens, (self._variance / self._tokens).float()[source.start : source.stop])
+            return Curvature(pairs=((weighted, gradients),), rounding=_scaled(weighted) + _scaled(plain), noise=self._noise[name] / weight)
+        head_inputs = self._inputs["head"] / self._tokens
+        head = (head_inputs, (self._variance / self._tokens).float()[source.start : source.stop])
         # Tokens that the sample lacks still occur: the model's own expectation of each token stands in for half.
         frequency = (0.5 * self._counts + 0.5 * self._mass) / self._tokens
         lookup = (self._gradients["embedding"] / self._tokens, frequency.float()[source.start : source.stop])
-        return Curvature(pairs={"head": (head,), "embedding": (lookup,), "tied": (head, lookup)}[source.unit.kind])
+        pairs = {"head": (head,), "embedding": (lookup,), "tied": (head, lookup)}[source.unit.kind]
+        # A tied unit's two moments count by the total weight of its rows.
+        rounding = torch.stack([hessian * gradient.sum() for hessian, gradient in pairs]).sum(0)
+        noise = torch.zeros(len(BLOCKS), source.unit.cols, device=self._device) if source.unit.kind == "embedding" else self._noise["head"] / self._tokens
+        return Curvature(pairs=pairs, rounding=rounding, noise=noise)
 
-    def _input_hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            tensor = arguments[0].detach()
-            # q, k and v (gate and up) read one tensor: its second moment is collected once.
-            # The last one is held, so that its address cannot be another's.
-            last = self._last_input
-            if last is not None and last[0].data_ptr() == tensor.data_ptr() and last[0].shape == tensor.shape:
-                self._alias[name] = last[1]
-                return
-            self._last_input = (tensor, name)
-            self._alias[name] = name
-            _accumulate(self._inputs, name, tensor)
+    def _linear_hook(self, name: str, parts: Sequence[Source]) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs = _rows(arguments[0])
+            self._plain(name, arguments[0])
+            output.register_hook(lambda gradient: self._seen(name, parts, inputs, _rows(gradient)))  # type: ignore[no-untyped-call]  # torch's own stub
 
         return hook
 
-    def _output_hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(lambda gradient: _accumulate(self._gradients, name, gradient))  # type: ignore[no-untyped-call]  # torch's own stub
+    def _plain(self, name: str, tensor: Tensor) -> None:
+        # q, k and v (gate and up) read one tensor: its second moment is collected once.
+        # The last one is held, so that its address cannot be another's.
+        last = self._last_input
+        if last is not None and last[0].data_ptr() == tensor.data_ptr() and last[0].shape == tensor.shape:
+            self._alias[name] = last[1]
+            return
+        self._last_input = (tensor, name)
+        self._alias[name] = name
+        _accumulate(self._inputs, name, tensor)
 
-        return hook
+    def _seen(self, name: str, parts: Sequence[Source], inputs: Tensor, gradient: Tensor) -> None:
+        """One module's inputs (T, K) and the gradients of its outputs (T, N)."""
+        _accumulate(self._gradients, name, gradient)
+        errors = _squared_errors(inputs)
+        for part in parts:
+            weight = gradient[:, part.start : part.stop].square().sum(1)
+            key = part.unit.name
+            _add(self._weights, key, weight.sum())
+            _add(self._weighted, key, inputs.T @ (inputs * weight[:, None]))
+            _add(self._noise, key, weight @ errors)
 
     def _head_input(self, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        _accumulate(self._inputs, "head", arguments[0].detach())
+        inputs = _rows(arguments[0])
+        _accumulate(self._inputs, "head", inputs)
+        _add(self._noise, "head", _squared_errors(inputs).sum(1))
 
     def _embedded(self, module: torch.nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.detach().requires_grad_(True)
@@ -157,9 +192,28 @@ class _Collector:
         return output
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(…, width) → (tokens, width) float32, without a graph."""
+    return tensor.detach().reshape(-1, tensor.shape[-1]).float()
+
+
+def _squared_errors(inputs: Tensor) -> Tensor:
+    """(len(BLOCKS), T, K): how far rounding to 8 bits moves each of (T, K) inputs, squared, by block size."""
+    return torch.stack([activation_error(inputs, block).square_() for block in BLOCKS])
+
+
+def _scaled(moment: Tensor) -> Tensor:
+    """A second moment in units of its mean diagonal."""
+    return 0.5 * moment / moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _accumulate(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    rows = tensor.reshape(-1, tensor.shape[-1]).float()
+    rows = _rows(tensor)
     if name in sums:
         sums[name].addmm_(rows.T, rows)
     else:
         sums[name] = rows.T @ rows
+
+
+def _add(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    sums[name] = sums[name].add_(tensor) if name in sums else tensor

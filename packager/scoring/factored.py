@@ -15,38 +15,37 @@ from torch import Tensor
 from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm
 from packager.graph.packing import prefixed
 from packager.scoring.lowrank import Spectrum, pivot_rows, refit_left
-from packager.scoring.rounding import gptq, inverse_factor, packed, refit_scales, values
+from packager.scoring.rounding import Feedback, feedback, packed, round_to, values
 
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def stored(matrix: Tensor, form: FloatForm | BlockForm, hessian: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Arrays]:
-    """A matrix in `form`: its values as float32, and its tensors. `factor` is inverse_factor(H) where that is known."""
+def stored(matrix: Tensor, form: FloatForm | BlockForm, spread: Feedback) -> tuple[Tensor, Arrays]:
+    """A matrix in `form`: its values as float32, and its tensors."""
     if isinstance(form, FloatForm):
         array = matrix.cpu().numpy().astype(form.tensors(1, 1)["weight"].dtype)
         return torch.from_numpy(array.astype(np.float32)).to(matrix.device), {"weight": array}
-    factor = inverse_factor(hessian) if factor is None else factor
-    rounded = refit_scales(matrix, gptq(matrix, factor, hessian.diagonal(), form), hessian, form)
+    rounded = round_to(matrix, form, spread)
     return values(rounded, form), packed(rounded, form)
 
 
-def low_rank(weights: Tensor, spectrum: Spectrum, form: LowRankForm, hessian: Tensor, factor: Tensor) -> tuple[Tensor, Arrays]:
-    """`weights` truncated to the form's rank: its values and tensors. `factor` is inverse_factor(H)."""
-    down, down_arrays = stored(spectrum.right[: form.rank], form.factors, hessian, factor)
-    left = spectrum.left[:, : form.rank] if isinstance(form.factors, FloatForm) else refit_left(weights, down, hessian)
-    up, up_arrays = stored(left, form.factors, down @ hessian @ down.T)
+def low_rank(weights: Tensor, spectrum: Spectrum, form: LowRankForm, spread: Feedback) -> tuple[Tensor, Arrays]:
+    """`weights` truncated to the form's rank: its values and tensors."""
+    down, down_arrays = stored(spectrum.right[: form.rank], form.factors, spread)
+    left = spectrum.left[:, : form.rank] if isinstance(form.factors, FloatForm) else refit_left(weights, down, spread.hessian)
+    up, up_arrays = stored(left, form.factors, feedback(down @ spread.hessian @ down.T))
     return up @ down, prefixed("down", down_arrays) | prefixed("up", up_arrays)
 
 
-def pivoted(weights: Tensor, spectrum: Spectrum, form: PivotForm, hessian: Tensor, factor: Tensor) -> tuple[Tensor, Arrays]:
-    """The same truncation as rows of itself and what the other rows are of them. `factor` is inverse_factor(H)."""
+def pivoted(weights: Tensor, spectrum: Spectrum, form: PivotForm, spread: Feedback) -> tuple[Tensor, Arrays]:
+    """The same truncation as rows of itself and what the other rows are of them."""
     left = spectrum.left[:, : form.rank]
     rows, coefficients = pivot_rows(left)
     chosen, others = rows[: form.rank], rows[form.rank :]
-    base, base_arrays = stored(left[chosen] @ spectrum.right[: form.rank], form.factors, hessian, factor)
+    base, base_arrays = stored(left[chosen] @ spectrum.right[: form.rank], form.factors, spread)
     if isinstance(form.factors, BlockForm):
-        coefficients = refit_left(weights[others], base, hessian)
-    rest, rest_arrays = stored(coefficients, form.factors, base @ hessian @ base.T)
+        coefficients = refit_left(weights[others], base, spread.hessian)
+    rest, rest_arrays = stored(coefficients, form.factors, feedback(base @ spread.hessian @ base.T))
     order = torch.argsort(rows)
     approximation = torch.cat([base, rest @ base])[order]
     arrays = prefixed("base", base_arrays) | prefixed("rest", rest_arrays)

@@ -6,28 +6,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, parse_form
-from packager.graph.packing import prefixed
+from packager.forms import BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, activation_block, parse_form
 from packager.scoremap import Option, Unit
 from packager.scoring.curvature import Curvature
 from packager.scoring.factored import low_rank, pivoted, stored
 from packager.scoring.lowrank import Spectrum, decompose
-from packager.scoring.rounding import gptq, inverse_factor, packed, price, refit_scales, values
+from packager.scoring.rounding import activation_price, feedback, packed, price, round_to, values
 
 Arrays = dict[str, NDArray[np.generic]]
 
 LINEAR_FORMS = (
-    *("q8g64", "q8g128", "q8g256"),
-    *("q4g64z+q2g64", "q4g128z+q2g128"),
+    *("q8g32", "q8g64", "q8g128", "q8g256"),
+    *("q4g64+q2g64", "q4g128+q2g128"),
     *("q4g32z", "q4g64z", "q4g64", "q4g128z", "q4g128"),
     *("q2g64", "q2g64z", "q2g128z"),
 )
-VOCABULARY_FORMS = ("q8g64", "q8g128", "q8g256", "q4g32z", "q4g64z", "q4g64", "q4g128z")
-QUICK_LINEAR_FORMS = ("q8g64", "q4g64z+q2g64", "q4g64z", "q2g64")
+VOCABULARY_FORMS = ("q8g64", "q8g128", "q4g64+q2g64", "q4g128+q2g128", "q4g32z", "q4g64z", "q4g64", "q4g128z")
+QUICK_LINEAR_FORMS = ("q8g64", "q4g64+q2g64", "q4g64z", "q2g64")
 QUICK_VOCABULARY_FORMS = ("q8g64", "q4g64z")
 _MOST_PADDING = 1.06
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
@@ -39,10 +37,14 @@ _QUICK_FLOAT_SHARES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """What a device multiplies by: floats as its graph holds them ("f32" or "f16"), and codes of few bits or not."""
+    """What a device multiplies by: floats as its graph holds them ("f32" or "f16"), and codes of few bits or not.
+
+    `rounds_inputs`: whether the kernels for codes round what they multiply to 8 bits, as those for CPUs do.
+    """
 
     floats: str = "f32"
     low_bit: bool = True
+    rounds_inputs: bool = True
 
 
 ALL_KERNELS = Kernels()
@@ -93,38 +95,27 @@ def _fits(form: Form, cols: int) -> bool:
 def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> Iterator[Scored]:
     """Every option of a unit with weights (rows, cols)."""
     weights = weights.float()
-    hessian = _joint_hessian(curvature)
-    factor = inverse_factor(hessian)
-    importance = hessian.diagonal()
+    spread = feedback(curvature.rounding)
     spectrum: Spectrum | None = None
+    # The first pair is that of the products, whose kernels round their inputs.
+    noise = {block: activation_price(weights, row, curvature.pairs[0][1]) for block, row in zip(BLOCKS, curvature.noise, strict=True)}
     tensors: Arrays
     for form in forms_for(unit, quick=quick, kernels=kernels):
         match form:
-            case FloatForm():
-                approximation, tensors = stored(weights, form, hessian)
-            case BlockForm():
-                rounded = refit_scales(weights, gptq(weights, factor, importance, form), hessian, form)
+            case FloatForm() | BlockForm():
+                approximation, tensors = stored(weights, form, spread)
+            case SumForm():
+                rounded = round_to(weights, form, spread)
                 approximation, tensors = values(rounded, form), packed(rounded, form)
-            case SumForm(first=first, second=second):
-                coarse = refit_scales(weights, gptq(weights, factor, importance, first), hessian, first)
-                left = weights - values(coarse, first)
-                fine = refit_scales(left, gptq(left, factor, importance, second), hessian, second)
-                approximation = values(coarse, first) + values(fine, second)
-                tensors = prefixed("first", packed(coarse, first)) | prefixed("second", packed(fine, second))
             case LowRankForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                approximation, tensors = low_rank(weights, spectrum, form, hessian, factor)
+                approximation, tensors = low_rank(weights, spectrum, form, spread)
             case PivotForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                approximation, tensors = pivoted(weights, spectrum, form, hessian, factor)
+                approximation, tensors = pivoted(weights, spectrum, form, spread)
         error = approximation - weights
         loss = 0.0 if isinstance(form, FloatForm) else sum(price(error, h, g) for h, g in curvature.pairs)
+        if kernels.rounds_inputs and (block := activation_block(form)) is not None:
+            loss += noise[block]
         size = sum(tensor.nbytes for tensor in tensors.values())
         yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)
-
-
-def _joint_hessian(curvature: Curvature) -> Tensor:
-    """The H that rounding works with. A tied unit's two are added, each with the total weight of its rows."""
-    if len(curvature.pairs) == 1:
-        return curvature.pairs[0][0]
-    return torch.stack([hessian * gradient.sum() for hessian, gradient in curvature.pairs]).sum(0)

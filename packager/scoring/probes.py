@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm, SumForm
+from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm, SumForm, activation_block
 from packager.identity import Probe
 from packager.losses import token_losses
 from packager.scoremap import Option, ScoreMap, Unit
+from packager.scoring.rounding import activation_error
 from packager.scoring.sources import Source
 
 _PROBE_NATS = 0.08
@@ -61,20 +62,42 @@ class Observer:
 
 
 @contextlib.contextmanager
-def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping[str, Option], load: Load) -> Iterator[None]:
-    """The model with the chosen options (by unit name) in the place of its weights, which come back at the end."""
+def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping[str, Option], load: Load, *, rounds_inputs: bool = True) -> Iterator[None]:
+    """The model with the chosen options (by unit name) in the place of its weights, which come back at the end.
+
+    With `rounds_inputs` the inputs of what is in codes are rounded to 8 bits too, as the kernels for CPUs round them.
+    """
     saved = []
+    blocks: dict[torch.nn.Module, int] = {}
+    handles = []
     try:
         for source in sources:
             option = chosen.get(source.unit.name)
-            if option is not None and not isinstance(option.form, FloatForm):
-                weight = source.weight(model)
-                saved.append((weight, weight.clone()))
-                weight.copy_(load(source, option).to(weight.device))
+            if option is None or isinstance(option.form, FloatForm):
+                continue
+            weight = source.weight(model)
+            saved.append((weight, weight.clone()))
+            weight.copy_(load(source, option).to(weight.device))
+            block = activation_block(option.form)
+            if rounds_inputs and block is not None and source.unit.kind != "embedding":
+                module = model.get_submodule(source.module) if source.unit.kind == "linear" else model.get_output_embeddings()  # type: ignore[operator]
+                # Parts of one matrix read the same inputs, each in its own blocks; here the shortest stand for all.
+                blocks[module] = min(block, blocks.get(module, block))
+        handles = [module.register_forward_pre_hook(_rounding_hook(block)) for module, block in blocks.items()]
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for weight, original in saved:
             weight.copy_(original)
+
+
+def _rounding_hook(block: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows = arguments[0].flatten(0, -2).float()
+        return ((rows + activation_error(rows, block)).to(arguments[0].dtype).view_as(arguments[0]), *arguments[1:])
+
+    return hook
 
 
 def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:

@@ -2,8 +2,9 @@
 
 Maths over tensors; nothing here knows a model. W is (N, K), H = E[x xᵀ] is (K, K).
 
-- GPTQ: Frantar et al. 2023 (arXiv 2210.17323), section 3: columns are rounded in order and the error of each is
-  spread over the columns not yet rounded, through the Cholesky factor of H⁻¹.
+- GPTQ: Frantar et al. 2023 (arXiv 2210.17323), section 3: columns are rounded one by one and the error of each is
+  spread over the columns not yet rounded, through the Cholesky factor of H⁻¹. The grids of all blocks are fixed before,
+  so that columns can be rounded in any order without moving in the file: the largest of H's diagonal first.
 - Clip search: each block's scale is the best of a grid of shrunken ranges under the diagonal of H.
 - Scale refit: with the codes fixed, the scales of a row minimise (w - ŵ) H (w - ŵ)ᵀ, a linear system of as many
   unknowns as the row has blocks.
@@ -18,11 +19,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms import BlockForm
-from packager.graph.packing import pack_blocks
+from packager.forms import BlockForm, SumForm
+from packager.graph.packing import pack_blocks, prefixed
 
 _DAMPING = 0.01
 _SLAB = 128
+_GRID_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Codes of `bits` bits, a scale for each `block` of a row, and zero points or the same `centre` for all."""
+
+    bits: int
+    block: int
+    zeros: bool
+    centre: int
+
+    def blocks(self, cols: int) -> int:
+        """Blocks in a row of `cols` elements."""
+        return -(-cols // self.block)
+
+
+def grid_of(form: BlockForm | SumForm) -> Grid:
+    """The codes that a form stores. A sum's are cut in two: the high bits are its first code, the low bits its second."""
+    if isinstance(form, BlockForm):
+        return Grid(bits=form.bits, block=form.block, zeros=form.zeros, centre=2 ** (form.bits - 1))
+    first, second = form.first, form.second
+    if first.block != second.block or first.zeros or second.zeros:
+        raise ValueError(f"{form.label}: only sums of equal blocks without zero points are one grid")
+    return Grid(bits=first.bits + second.bits, block=first.block, zeros=False, centre=2 ** (second.bits + first.bits - 1) + 2 ** (second.bits - 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +58,28 @@ class Rounded:
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feedback:
+    """How the error of a column is spread under `hessian` (K, K): `order` (K,) in which columns are rounded, and `upper`
+    (K, K), the upper Cholesky factor of the inverse of H so ordered."""
+
+    hessian: Tensor
+    order: Tensor
+    upper: Tensor
+
+
+def feedback(hessian: Tensor, damping: float = _DAMPING) -> Feedback:
+    """The feedback of H, columns by falling diagonal."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return Feedback(hessian=hessian, order=order, upper=inverse_factor(hessian[order][:, order], damping))
+
+
+def round_to(weights: Tensor, form: BlockForm | SumForm, spread: Feedback) -> Rounded:
+    """Round (N, K) `weights` to `form`'s codes and refit their scales."""
+    grid = grid_of(form)
+    return refit_scales(weights, gptq(weights, spread, grid), spread.hessian, grid)
 
 
 def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
@@ -59,11 +107,11 @@ def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     return torch.eye(size, device=hessian.device)
 
 
-def block_grid(weights: Tensor, importance: Tensor, form: BlockForm) -> tuple[Tensor, Tensor]:
+def block_grid(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each block by clip search.
 
     `weights` (N, B, g) and `importance` (B, g), the diagonal of H. Returns scales (N, B) and zero points (N, B), both
-    float32. Without `form.zeros` the zero point is 2^(bits-1) and the scale may be negative, which lets the longer
+    float32. Without `form.zeros` the zero point is `form.centre` and the scale may be negative, which lets the longer
     side of the code range serve the larger tail.
     """
     top = 2**form.bits - 1
@@ -87,76 +135,108 @@ def block_grid(weights: Tensor, importance: Tensor, form: BlockForm) -> tuple[Te
     return best_scale, best_zero
 
 
-def _candidates(low: Tensor, high: Tensor, form: BlockForm, top: int) -> list[tuple[Tensor, Tensor]]:
+def _candidates(low: Tensor, high: Tensor, form: Grid, top: int) -> list[tuple[Tensor, Tensor]]:
     tiny = torch.finfo(torch.float32).tiny * 2**20
     if form.zeros:
         scale = ((high - low) / top).clamp(min=tiny)
         return [(scale, (-low / scale).round().clamp(0, top))]
-    half = 2 ** (form.bits - 1)
-    centre = torch.full_like(low, half)
-    reach = torch.where(high >= -low, high, low)  # the larger tail gets the code range's longer side, [-half, 0]
-    signed = -reach / half
+    centre = torch.full_like(low, form.centre)
+    reach = torch.where(high >= -low, high, low)  # the larger tail gets the code range's longer side, [-centre, 0]
+    signed = -reach / form.centre
     signed = torch.where(signed.abs() < tiny, torch.full_like(signed, tiny), signed)
-    even = (torch.maximum(high, -low) / (half - 0.5)).clamp(min=tiny)
+    even = (torch.maximum(high, -low) / (top / 2)).clamp(min=tiny)
     return [(signed, centre), (even, centre)]
 
 
-def gptq(weights: Tensor, factor: Tensor, importance: Tensor, form: BlockForm) -> Rounded:
-    """Round (N, K) `weights` to `form`; `factor` from inverse_factor(H), `importance` (K,) the diagonal of H."""
+def _grids(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zero points (N, blocks) of all blocks of (N, K) `weights`, some rows at a time."""
+    cols = weights.shape[1]
+    blocks = form.blocks(cols)
+    short = blocks * form.block - cols
+    weight = torch.nn.functional.pad(importance, (0, short)).reshape(blocks, form.block)
+    parts = []
+    for some in torch.split(weights, max(1, _GRID_ELEMENTS // (blocks * form.block))):
+        shaped = torch.nn.functional.pad(some, (0, short)).reshape(len(some), blocks, form.block)
+        parts.append(block_grid(shaped, weight, form))
+    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+
+def gptq(weights: Tensor, spread: Feedback, form: Grid) -> Rounded:
+    """Round (N, K) `weights` to the codes of `form`, column by column in the order of `spread`."""
     rows, cols = weights.shape
     top = 2**form.bits - 1
-    work = weights.clone().float()
-    blocks = form.blocks(cols)
-    codes = torch.zeros(rows, cols, dtype=torch.uint8, device=weights.device)
-    scales = torch.ones(rows, blocks, device=weights.device)
-    zeros = torch.zeros(rows, blocks, device=weights.device)
-    slab = max(_SLAB, form.block)
-    for start in range(0, cols, slab):
-        stop = min(start + slab, cols)
-        part = work[:, start:stop].T.contiguous()  # (columns, N): a column is contiguous
-        errors = torch.zeros_like(part)
-        local = factor[start:stop, start:stop]
+    weights = weights.float()
+    scales, zeros = _grids(weights, spread.hessian.diagonal(), form)
+    order = spread.order
+    block = torch.div(order, form.block, rounding_mode="floor")
+    work = weights[:, order].T.contiguous()  # (K, N): a column is contiguous
+    scale, zero = scales.T[block].contiguous(), zeros.T[block].contiguous()
+    rounded = torch.empty(cols, rows, dtype=torch.uint8, device=weights.device)
+    for start in range(0, cols, _SLAB):
+        stop = min(start + _SLAB, cols)
+        part, local = work[start:stop], spread.upper[start:stop, start:stop]
+        errors = torch.empty_like(part)
         for column in range(stop - start):
-            absolute = start + column
-            block = absolute // form.block
-            if absolute % form.block == 0:
-                span = part[column : column + form.block].T.contiguous()[:, None, :]
-                weight = importance[absolute : absolute + span.shape[-1]]
-                scale, zero = block_grid(span, weight[None], form)
-                scales[:, block], zeros[:, block] = scale[:, 0], zero[:, 0]
-            s, z = scales[:, block], zeros[:, block]
+            s, z = scale[start + column], zero[start + column]
             code = (part[column] / s + z).round_().clamp_(0, top)
-            codes[:, absolute] = code.to(torch.uint8)
+            rounded[start + column] = code.to(torch.uint8)
             error = (part[column] - (code - z) * s) / local[column, column]
             errors[column] = error
             if column + 1 < stop - start:
                 part[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
         if stop < cols:
-            work[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
-    return Rounded(codes=codes, scales=scales, zeros=zeros.to(torch.uint8) if form.zeros else None)
+            work[stop:].addmm_(spread.upper[start:stop, stop:].T, errors, alpha=-1)
+    codes = torch.empty_like(rounded)
+    codes[order] = rounded
+    return Rounded(codes=codes.T.contiguous(), scales=scales, zeros=zeros.to(torch.uint8) if form.zeros else None)
 
 
-def values(rounded: Rounded, form: BlockForm) -> Tensor:
+def values(rounded: Rounded, form: BlockForm | SumForm) -> Tensor:
     """The (N, K) float32 matrix that the codes stand for."""
-    cols = rounded.codes.shape[1]
-    scales = rounded.scales.repeat_interleave(form.block, dim=1)[:, :cols]
-    return _centred(rounded, form) * scales
+    grid, cols = grid_of(form), rounded.codes.shape[1]
+    scales = rounded.scales.repeat_interleave(grid.block, dim=1)[:, :cols]
+    return _centred(rounded, grid) * scales
 
 
-def packed(rounded: Rounded, form: BlockForm) -> dict[str, NDArray[np.generic]]:
+def packed(rounded: Rounded, form: BlockForm | SumForm) -> dict[str, NDArray[np.generic]]:
     """The tensors that the codes are stored in."""
+    if isinstance(form, SumForm):
+        low = form.second.bits
+        high = Rounded(codes=rounded.codes >> low, scales=rounded.scales * 2**low, zeros=None)
+        rest = Rounded(codes=rounded.codes & (2**low - 1), scales=rounded.scales, zeros=None)
+        return prefixed("first", packed(high, form.first)) | prefixed("second", packed(rest, form.second))
     zeros = rounded.zeros.cpu().numpy() if rounded.zeros is not None else None
     return pack_blocks(form, rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
 
 
-def _centred(rounded: Rounded, form: BlockForm) -> Tensor:
+def activation_error(inputs: Tensor, block: int) -> Tensor:
+    """What (T, K) `inputs` lose when the kernels round them to 8 bits, each block of each row by its largest magnitude."""
+    short = -inputs.shape[1] % block
+    shaped = torch.nn.functional.pad(inputs, (0, short)).reshape(len(inputs), -1, block)
+    scale = (shaped.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((shaped / scale).round_() * scale - shaped).reshape(len(inputs), -1)[:, : inputs.shape[1]]
+
+
+def activation_price(weights: Tensor, noise: Tensor, gradient: Tensor) -> float:
+    """½ tr(G W N Wᵀ): what rounded inputs cost in nats per token, for their errors' variances N (K,) by channel.
+
+    The same expansion as `price`, with a change of the inputs in the place of one of the weights. G (N, N) or its
+    diagonal (N,).
+    """
+    response = weights * noise
+    if gradient.dim() == 1:
+        return 0.5 * float((response * weights).sum(1).double() @ gradient.double())
+    return 0.5 * float(((gradient @ weights) * response).double().sum())
+
+
+def _centred(rounded: Rounded, form: Grid) -> Tensor:
     cols = rounded.codes.shape[1]
     if rounded.zeros is None:
-        return rounded.codes.float().sub(2 ** (form.bits - 1))
+        return rounded.codes.float().sub(form.centre)
     return rounded.codes.float() - rounded.zeros.float().repeat_interleave(form.block, dim=1)[:, :cols]
 
 
-def refit_scales(weights: Tensor, rounded: Rounded, hessian: Tensor, form: BlockForm) -> Rounded:
+def refit_scales(weights: Tensor, rounded: Rounded, hessian: Tensor, form: Grid) -> Rounded:
     """Scales that minimise (w - ŵ) H (w - ŵ)ᵀ for each row with the codes as they are."""
     rows, cols = rounded.codes.shape
     blocks = form.blocks(cols)

@@ -34,7 +34,7 @@ from packager.progress import Progress
 from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
 from packager.scoring.calibration import Calibration, load_calibration
 from packager.scoring.curvature import Curvature, collect
-from packager.scoring.options import score_unit
+from packager.scoring.options import Kernels, score_unit
 from packager.scoring.probes import Observer, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
 from packager.scoring.sources import Source, find_sources
 from packager.solver import choice_at, total_loss
@@ -90,6 +90,7 @@ def score_model(
     lap("read")
     matrices, nodes = export_skeleton(config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider)
     sources = find_sources(matrices, model)
+    kernels = Kernels(rounds_inputs=settings.provider == "cpu")
     lap("skeleton")
     for number, group in enumerate(_groups(sources)):
         if all(_part(work, source.unit).exists() for source in group):
@@ -98,12 +99,12 @@ def score_model(
         lap(f"curvature {number}")
         progress.phase("rounding and pricing options", len(group))
         for source in group:
-            _score_part(work, source, model, curvature, quick=settings.quick)
+            _score_part(work, source, model, curvature, quick=settings.quick, kernels=kernels)
             progress.advance()
         (work / f"curvature-{number}.safetensors").unlink(missing_ok=True)
         lap(f"options {number}")
     heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
-    scoremap, measured = _measure(work, sources, model, heldout, settings.quick, progress)
+    scoremap, measured = _measure(work, sources, model, heldout, settings.quick, kernels, progress)
     lap("probes")
     progress.phase("writing the map", 1)
     with published_folder(out, force=force) as staging:
@@ -181,7 +182,7 @@ def _groups(sources: Sequence[Source]) -> list[list[Source]]:
     size = 0
     for source in sources:
         unit = source.unit
-        cost = 4 * (unit.cols**2 + (unit.rows**2 if unit.kind == "linear" else unit.cols**2))
+        cost = 4 * (3 * unit.cols**2 + (unit.rows**2 if unit.kind == "linear" else unit.cols**2))
         if groups[-1] and size + cost > _STATISTICS_BYTES:
             groups.append([])
             size = 0
@@ -197,7 +198,12 @@ def _curvature(
         stored = load_torch(cache)
         names = [source.unit.name for source in group]
         return {
-            name: Curvature(pairs=tuple((stored[f"{name}|{i}|h"], stored[f"{name}|{i}|g"]) for i in range(2) if f"{name}|{i}|h" in stored)) for name in names
+            name: Curvature(
+                pairs=tuple((stored[f"{name}|{i}|h"], stored[f"{name}|{i}|g"]) for i in range(2) if f"{name}|{i}|h" in stored),
+                rounding=stored[f"{name}|rounding"],
+                noise=stored[f"{name}|noise"],
+            )
+            for name in names
         }
     progress.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
     done = 0
@@ -210,6 +216,7 @@ def _curvature(
     curvature = collect(model, group, calibration.windows, seed=settings.seed, batch=1, sampled=settings.sampled_labels, progress=advance)
     tensors = {}
     for name, item in curvature.items():
+        tensors[f"{name}|rounding"], tensors[f"{name}|noise"] = item.rounding.cpu(), item.noise.cpu()
         for index, (hessian, gradient) in enumerate(item.pairs):
             if not bool(torch.isfinite(hessian).all() and torch.isfinite(gradient).all()):
                 raise CalibrationError(
@@ -227,12 +234,12 @@ def _part(work: Path, unit: Unit) -> Path:
 
 
 @torch.no_grad()
-def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: dict[str, Curvature], *, quick: bool) -> None:
+def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: dict[str, Curvature], *, quick: bool, kernels: Kernels) -> None:
     """The options of one unit into one file: those that no other beats in both bytes and price."""
     path = _part(work, source.unit)
     if path.exists():
         return
-    scored = {item.option.form.label: item for item in score_unit(source.unit, source.weight(model), curvature[source.unit.name], quick=quick)}
+    scored = {item.option.form.label: item for item in score_unit(source.unit, source.weight(model), curvature[source.unit.name], quick=quick, kernels=kernels)}
     chain = front([item.option for item in scored.values()])
     tensors = {f"{option.form.label}|{name}": tensor for option in chain for name, tensor in scored[option.form.label].tensors.items()}
     described = json.dumps([[option.form.label, option.bytes, option.loss_nats] for option in chain])
@@ -265,7 +272,7 @@ class _Measured:
 
 @torch.no_grad()
 def _measure(
-    work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, quick: bool, progress: Progress
+    work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, quick: bool, kernels: Kernels, progress: Progress
 ) -> tuple[ScoreMap, _Measured]:
     """The map with its prices corrected by probes, and the curve through its anchors."""
     units = [source.unit for source in sources]
@@ -281,7 +288,7 @@ def _measure(
     progress.advance()
     probes = []
     for kind, chosen in sets.items():
-        with perturbed(model, sources, chosen, load):
+        with perturbed(model, sources, chosen, load, rounds_inputs=kernels.rounds_inputs):
             divergence, _ = glance.measure()
         probes.append(Probe(kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence))
         progress.advance()
@@ -290,7 +297,7 @@ def _measure(
     for prefix in anchor_prefixes(scoremap, levels):
         choice = choice_at(scoremap, prefix)
         taken = {unit.name: chain[index] for unit, chain, index in zip(units, scoremap.options, choice, strict=True)}
-        with perturbed(model, sources, taken, load):
+        with perturbed(model, sources, taken, load, rounds_inputs=kernels.rounds_inputs):
             divergence, rise = observer.measure()
         # Small rises drown in the noise of the text; there the divergence, which has none, stands for them.
         measured = rise if rise > _NOISY_NATS else divergence
