@@ -38,3 +38,7 @@ class Bars:
         """`steps` more steps of the phase are done."""
         if self._task is not None:
             self._bars.advance(self._task, steps)
+
+    def warn(self, message: str) -> None:
+        """A line of its own, above the bars."""
+        self._console.print(f"packager: warning: {message}", highlight=False, markup=False, soft_wrap=True)

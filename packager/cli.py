@@ -165,11 +165,12 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    from packager import text
     from packager.checkpoint import open_checkpoint
     from packager.scoring.score import score_model
 
     with _progress() as progress:
-        identity, seconds = score_model(
+        done = score_model(
             open_checkpoint(arguments.model),
             arguments.output,
             _settings(arguments, "cpu"),
@@ -178,14 +179,12 @@ def _score(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             progress=progress,
         )
+    identity = done.identity
     if arguments.json:
-        print(json.dumps({"identity": identity.to_dict(), "seconds": seconds}, indent=2))
+        print(json.dumps({"identity": identity.to_dict(), "seconds": done.seconds, "peak_bytes": done.peak_bytes, "warnings": done.warnings}, indent=2))
         return 0
-    text = identity.calibration
     print(f"score map of {identity.model.name} written to {arguments.output}")
-    print(f"calibrated on {text.text}: {text.tokens} tokens; held-out loss {identity.losses.heldout_nats:.4f} nats per token")
-    for phase, taken in seconds.items():
-        print(f"  {phase:24} {taken:8.1f} s")
+    print(text.score_text(identity, done.seconds, done.peak_bytes))
     return 0
 
 

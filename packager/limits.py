@@ -56,6 +56,15 @@ def run_limited(command: Sequence[str], limit_bytes: int | None, *, timeout_seco
     return LimitedRun(returncode=code, stdout=out, stderr=err, enforced=mechanism, killed=killed, last_phase=phases[-1] if phases else "start")
 
 
+def peak_bytes() -> int | None:
+    """The most resident memory this process has had so far (`VmHWM`); None where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 @contextlib.contextmanager
 def _group(limit_bytes: int | None) -> Iterator[tuple[list[str], Callable[[], None] | None, str | None]]:
     """(command prefix, what the child calls before it becomes the command, mechanism) for one limited run."""

@@ -14,6 +14,9 @@ class Progress(Protocol):
     def advance(self, steps: int = 1) -> None:
         """`steps` more steps of the phase are done."""
 
+    def warn(self, message: str) -> None:
+        """Something the user should know; work goes on."""
+
 
 class Silent:
     """Listens to nothing."""
@@ -22,4 +25,7 @@ class Silent:
         """Ignored."""
 
     def advance(self, steps: int = 1) -> None:
+        """Ignored."""
+
+    def warn(self, message: str) -> None:
         """Ignored."""

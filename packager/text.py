@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import ArtifactError
+from packager.identity import MapIdentity
 from packager.plan import PLAN_FILE, Plan, load_map, read_plan
 from packager.profile import DeviceProfile
 from packager.report import ValidationReport, shown, verdict
@@ -32,6 +33,17 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"  {name:28} {format_size(size):>10}  {'█' * max(0, round(_BAR * size / whole))}")
     left = plan.budget_bytes - plan.peak_bytes
     lines.append(f"  {'fits, left' if left >= 0 else 'DOES NOT FIT, over by':28} {format_size(abs(left)):>10}")
+    return "\n".join(lines)
+
+
+def score_text(identity: MapIdentity, seconds: Mapping[str, float], peak_bytes: int | None) -> str:
+    """What a map was calibrated on, and what making it took."""
+    calibration = identity.calibration
+    lines = [f"calibrated on {calibration.text}: {calibration.tokens} tokens; held-out loss {identity.losses.heldout_nats:.4f} nats per token"]
+    lines += [f"  {phase:24} {taken:8.1f} s" for phase, taken in seconds.items()]
+    lines.append(f"  {'total':24} {sum(seconds.values()):8.1f} s")
+    if peak_bytes is not None:
+        lines.append(f"  {'peak memory':24} {format_size(peak_bytes):>10}")
     return "\n".join(lines)
 
 

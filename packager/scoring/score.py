@@ -1,11 +1,12 @@
 """The one computation per model: checkpoint and calibration text in, a `.map` folder out.
 
 Finished work lies in a folder beside the target until the map is whole: curvature by group of units, options by
-unit. A killed run resumes from there; another model, text or setting starts anew.
+unit, measurements one by one. A killed run resumes from there; another model, text or setting starts anew.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import time
@@ -30,10 +31,12 @@ from packager.geometry import read_geometry
 from packager.graph.packing import dequantize
 from packager.graph.skeleton import export_skeleton
 from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity, Probe, read_identity
+from packager.limits import peak_bytes
 from packager.progress import Progress
 from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
-from packager.scoring.calibration import Calibration, load_calibration
+from packager.scoring.calibration import Calibration, load_calibration, unfamiliar
 from packager.scoring.curvature import Curvature, collect
+from packager.scoring.ledger import Ledger
 from packager.scoring.options import Kernels, score_unit
 from packager.scoring.probes import Observer, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
 from packager.scoring.sources import Source, find_sources
@@ -62,6 +65,20 @@ class ScoreSettings:
     sampled_labels: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreReport:
+    """What making a map came to: its identity (`map.json`), what this run took, and what the user should know.
+
+    `seconds` per phase; `peak_bytes` of memory, None where the system does not say. Phases that an earlier, killed run
+    had finished take next to none.
+    """
+
+    identity: MapIdentity
+    seconds: dict[str, float]
+    peak_bytes: int | None
+    warnings: tuple[str, ...]
+
+
 def score_model(
     checkpoint: Checkpoint,
     out: Path,
@@ -71,14 +88,18 @@ def score_model(
     device: str = "cpu",
     force: bool = False,
     progress: Progress,
-) -> tuple[MapIdentity, dict[str, float]]:
-    """Write the score map of `checkpoint` to folder `out`. Returns its identity (`map.json`) and seconds per phase."""
+) -> ScoreReport:
+    """Write the score map of `checkpoint` to folder `out`.
+
+    Raises CalibrationError for a text that cannot be used, ModelError for a model that cannot. A text that the model
+    does not know is a warning.
+    """
     refuse_existing(out, force=force)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
 
     def lap(phase: str) -> None:
-        seconds[phase] = round(time.perf_counter() - started - sum(seconds.values()), 3)
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started - sum(seconds.values())
 
     progress.phase("reading the model", 1)
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
@@ -96,16 +117,20 @@ def score_model(
         if all(_part(work, source.unit).exists() for source in group):
             continue
         curvature = _curvature(model, group, calibration, settings, work / f"curvature-{number}.safetensors", progress)
-        lap(f"curvature {number}")
+        lap("curvature")
         progress.phase("rounding and pricing options", len(group))
         for source in group:
             _score_part(work, source, model, curvature, quick=settings.quick, kernels=kernels)
             progress.advance()
         (work / f"curvature-{number}.safetensors").unlink(missing_ok=True)
-        lap(f"options {number}")
+        del curvature  # before the next group's: it is the largest thing in memory
+        lap("options")
     heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
     scoremap, measured = _measure(work, sources, model, heldout, settings.quick, kernels, progress)
     lap("probes")
+    warning = unfamiliar(calibration.description, measured.token_nats.cpu(), heldout, tokenizer)
+    if warning:
+        progress.warn(warning)
     progress.phase("writing the map", 1)
     with published_folder(out, force=force) as staging:
         _write_store(work, sources, scoremap, staging)
@@ -143,7 +168,8 @@ def score_model(
     shutil.rmtree(work, ignore_errors=True)
     progress.advance()
     lap("write")
-    return identity, seconds
+    taken = {phase: round(time_taken, 3) for phase, time_taken in seconds.items()}
+    return ScoreReport(identity=identity, seconds=taken, peak_bytes=peak_bytes(), warnings=(warning,) if warning else ())
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -168,6 +194,8 @@ def _work_folder(out: Path, model_hash: str, calibration: Calibration, settings:
     marker = work / "key"
     if work.exists() and (not marker.is_file() or marker.read_text() != key):
         shutil.rmtree(work)
+    for staged in out.parent.glob(f".{glob.escape(out.name)}.staging-*"):
+        shutil.rmtree(staged)  # what a run that was killed while it wrote the map has left
     work.mkdir(parents=True, exist_ok=True)
     write_text(marker, key)
     return work
@@ -277,19 +305,30 @@ def _measure(
     """The map with its prices corrected by probes, and the curve through its anchors."""
     units = [source.unit for source in sources]
     options = [_part_options(work, source) for source in sources]
+    ledger = Ledger(work / "measured.json")
 
     def load(source: Source, option: Option) -> torch.Tensor:
         return _load_option(work, source, option)
+
+    def ask(observer: Observer, windows: int, chosen: dict[str, Option]) -> tuple[float, float]:
+        """Divergence and rise with the chosen options, from the ledger where they were measured before."""
+
+        def measure() -> tuple[float, float]:
+            with perturbed(model, sources, chosen, load, rounds_inputs=kernels.rounds_inputs):
+                return observer.measure()
+
+        return ledger.recall(sha256_json({"windows": windows, "forms": {name: option.form.label for name, option in chosen.items()}}), measure)
 
     bands, levels = (1, QUICK_ANCHOR_NATS) if quick else (3, ANCHOR_NATS)
     sets = probe_sets(units, options, bands)
     progress.phase("probing what perturbations cost", len(sets) + len(levels) + 2)
     observer, glance = Observer(model, heldout), Observer(model, heldout[:_PROBE_WINDOWS])
+    if not bool(torch.isfinite(observer.token_nats).all()):
+        raise CalibrationError("the model's loss on the held-out text is not finite: the model overflows or the checkpoint is damaged")
     progress.advance()
     probes = []
     for kind, chosen in sets.items():
-        with perturbed(model, sources, chosen, load, rounds_inputs=kernels.rounds_inputs):
-            divergence, _ = glance.measure()
+        divergence, _ = ask(glance, _PROBE_WINDOWS, chosen)
         probes.append(Probe(kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence))
         progress.advance()
     scoremap = make_map(units, corrected(units, options, multipliers(probes), bands))
@@ -297,8 +336,7 @@ def _measure(
     for prefix in anchor_prefixes(scoremap, levels):
         choice = choice_at(scoremap, prefix)
         taken = {unit.name: chain[index] for unit, chain, index in zip(units, scoremap.options, choice, strict=True)}
-        with perturbed(model, sources, taken, load, rounds_inputs=kernels.rounds_inputs):
-            divergence, rise = observer.measure()
+        divergence, rise = ask(observer, len(heldout), taken)
         # Small rises drown in the noise of the text; there the divergence, which has none, stands for them.
         measured = rise if rise > _NOISY_NATS else divergence
         anchors.append(Anchor(priced_nats=total_loss(scoremap, choice), measured_nats=measured))
