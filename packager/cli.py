@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _CHECK_FAILED = 3
+_SOME = 8
+_ANY_PROFILE = "laptop-16gb"  # where no device is named: its graphs run here, and it bounds nothing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +86,30 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("map", type=Path, metavar="MAP")
     _target(plan)
     plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write plan.json here")
+
+    curve = _verb(
+        verbs,
+        "curve",
+        _curve,
+        "what every size costs: predicted at once, measured on demand",
+        "packager curve smol.map\n  packager curve smol.map --profile edge-box-256mb -o curve.svg\n"
+        "  packager curve smol.map --measure 30 --text mine.txt -o curve.png",
+    )
+    curve.add_argument("map", type=Path, metavar="MAP")
+    curve.add_argument("--profile", metavar="P", help="bound peak memory on this device (a name or a TOML file) in place of the weights file's bytes")
+    curve.add_argument("--context", type=int, metavar="N", help="tokens the sizes are bounded to, with --profile (default: the profile's)")
+    curve.add_argument("--sizes", type=int, default=30, metavar="N", help="sizes on the curve, from smallest to largest (default: 30)")
+    curve.add_argument(
+        "--measure",
+        type=int,
+        nargs="?",
+        const=_SOME,
+        metavar="N",
+        help="build N of them (default: 8, both ends among them) and measure their loss on ONNX Runtime",
+    )
+    curve.add_argument("--text", type=Path, metavar="FILE", help="measure on this text (.txt, .jsonl, .parquet) in place of the map's held-out windows")
+    curve.add_argument("--windows", type=int, default=8, metavar="N", help="windows of 512 tokens of --text to measure on (default: 8)")
+    curve.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the curve: FILE.png or FILE.svg (needs the extra 'plot')")
 
     build = _verb(verbs, "build", _build, "build a bundle from a score map", "packager build smol.map --profile edge-box-256mb -o box.bundle")
     build.add_argument("map", type=Path, metavar="MAP")
@@ -198,6 +224,37 @@ def _plan(arguments: argparse.Namespace) -> int:
         write_text(arguments.output, dump_json(plan.to_dict()))
     print(dump_json(plan.to_dict()) if arguments.json else text.plan_text(plan))
     return 0
+
+
+def _curve(arguments: argparse.Namespace) -> int:
+    from packager import text
+    from packager.errors import UsageError
+    from packager.files import dump_json, write_bytes
+    from packager.plan import Request
+    from packager.plot import curve_picture, require_plot
+    from packager.profile import load_profile
+    from packager.sweep import evenly, predict
+
+    if arguments.output:
+        require_plot(arguments.output)
+    if arguments.windows < 1:
+        raise UsageError(f"--windows {arguments.windows}: expected at least 1")
+    loaded = _load(arguments.map)
+    profile = load_profile(arguments.profile or _ANY_PROFILE)
+    request = Request(profile=profile, context_tokens=arguments.context)
+    curve, plans = predict(loaded, request, arguments.sizes, by_peak=arguments.profile is not None)
+    wanted = _SOME if arguments.measure is None and arguments.text else arguments.measure
+    if wanted is not None:
+        from packager.measure import heldout_sample, measure, text_sample
+
+        chosen = {position: plans[position] for position in evenly(wanted, len(plans))}
+        with _progress() as progress:
+            sample = text_sample(loaded, arguments.text, arguments.windows) if arguments.text else heldout_sample(loaded)
+            curve = measure(loaded, profile, curve, chosen, sample, progress=progress)
+    if arguments.output:
+        write_bytes(arguments.output, curve_picture(curve, arguments.output.suffix))
+    print(dump_json(curve.to_dict()) if arguments.json else text.curve_text(curve))
+    return 0 if curve.measurement is None or curve.measurement.monotone else _CHECK_FAILED
 
 
 def _build(arguments: argparse.Namespace) -> int:

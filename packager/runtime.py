@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,18 @@ def token_losses(logits: NDArray[np.float32], window: NDArray[np.int64]) -> NDAr
     chosen = shifted[np.arange(len(window) - 1), window[1:]]
     losses: NDArray[np.float32] = np.log(np.exp(shifted).sum(-1)) - chosen
     return losses
+
+
+def graph_losses(graph: Path, windows: NDArray[np.int64], *, cache_width: int = 0, advance: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
+    """Cross-entropy in nats of each token but the first of (n, length) windows, (n, length - 1), of a decoder's graph.
+
+    `advance` is called after each window; `cache_width` is for graphs that leave it open.
+    """
+    session, losses = full_logits_session(graph), []
+    for window in windows:
+        losses.append(token_losses(run_window(session, window, cache_width=cache_width), window))
+        advance()
+    return np.stack(losses)
 
 
 def run_window(session: ort.InferenceSession, window: NDArray[np.int64], *, cache_width: int = 0) -> NDArray[np.float32]:

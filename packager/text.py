@@ -15,6 +15,7 @@ from packager.profile import DeviceProfile
 from packager.report import ValidationReport, shown, verdict
 from packager.scoremap import MAP_FILE
 from packager.sizes import format_size
+from packager.sweep import BY_PEAK, MOST_NOISE, Curve
 
 _BAR = 30
 
@@ -52,14 +53,52 @@ def forms_text(labels: Any) -> str:
     return ", ".join(f"{count} × {label}" for label, count in Counter(labels).most_common())
 
 
+def curve_text(curve: Curve) -> str:
+    """A sweep as a table, and what its measured sizes say."""
+    measurement, by_peak = curve.measurement, curve.bounded == BY_PEAK
+    header = ["weights, bytes", "bits/weight", *(["peak memory"] if by_peak else []), "predicted"]
+    rows = [[*header, "measured", "over the next larger"] if measurement else header]
+    for point in curve.points:
+        peak = [format_size(point.peak_bytes)] if by_peak else []
+        row = [f"{point.file_bytes:,}", f"{point.bits_per_weight:.2f}", *peak, f"{point.predicted_nats:+.4f}"]
+        if point.measured is not None:
+            row.append(_with_noise(point.measured.rise_nats, point.measured.noise_nats))
+            row.append(_with_noise(point.measured.step_nats, point.measured.step_noise_nats))
+        rows.append(row)
+    where = f", on {curve.profile} at a context of {curve.context_tokens} tokens" if by_peak else ""
+    lines = [f"{curve.model}: {len(curve.points)} sizes by {curve.bounded}{where}"]
+    lines += _table(rows, right=True)
+    lines.append("losses are rises over the source model, in nats per token; ± is the standard error")
+    if measurement is not None:
+        lines.append(
+            f"measured on ONNX Runtime: {measurement.text}, {measurement.windows} windows, {measurement.tokens:,} tokens; source {measurement.source_nats:.4f}"
+        )
+        verdict_ = "no size measures" if measurement.monotone else "NOT MONOTONE: a size measures"
+        lines.append(f"{verdict_} better than the next larger one by more than {MOST_NOISE:g} standard errors of their difference")
+    return "\n".join(lines)
+
+
+def _with_noise(nats: float | None, noise: float | None) -> str:
+    return "" if nats is None else f"{nats:+.4f} ± {noise:.4f}"
+
+
+def _table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Rows as lines of aligned columns; short rows end early."""
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
 def report_text(report: ValidationReport) -> str:
     """The checks as a table, then a sentence the bundle generated."""
     rows = [("check", "value", "limit", "unit", "verdict")]
     for check in report.checks:
         unit = "" if check.unit == "bytes" else check.unit
         rows.append((check.name, shown(check.value, check.unit), shown(check.limit, check.unit), unit, verdict(check)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = _table(rows)
     for number, item in enumerate(report.rounds, 1):
         predicted, measured, weights = (format_size(item[key]) for key in ("predicted_bytes", "measured_bytes", "file_bytes"))
         lines.append(f"round {number}: predicted {predicted}, measured {measured}, weights {weights}")

@@ -114,15 +114,11 @@ def _heldout(graph: Path, torch_side: Reference, progress: Progress) -> _Heldout
     exact = runtime.run_window(runtime.full_logits_session(graph, float_kernels=True), windows[0].numpy())
     graph_error = float(np.abs(exact - first).max() / first.std())
     progress.advance()
-    session = runtime.full_logits_session(graph)
-    runtime_nats = []
-    for window in windows.numpy():
-        runtime_nats.append(float(runtime.token_losses(runtime.run_window(session, window), window).mean(dtype=np.float64)))
-        progress.advance()
+    runtime_nats = runtime.graph_losses(graph, windows.numpy(), advance=progress.advance)
     return _Heldout(
         source_nats=float(torch_side.source_nats.double().mean()),
         torch_nats=float(np.mean(torch_nats)),
-        runtime_nats=float(np.mean(runtime_nats)),
+        runtime_nats=float(runtime_nats.mean(dtype=np.float64)),
         graph_error=graph_error,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -120,7 +119,7 @@ def test_a_killed_run_is_resumed_and_nothing_is_done_twice(
     again = units < every["unit"] and not curvature
     assert calls == {"curvature": int(again), "unit": every["unit"] - units, "measured": every["measured"] - measured}
     assert before.items() <= watcher.files.items()
-    assert os.listdir(tmp_path) == ["out.map"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.map"]
     for file in ("scoremap.safetensors", "store.safetensors", "map.json"):
         assert (out / file).read_bytes() == (maps("llama") / file).read_bytes(), file
 
@@ -150,4 +149,4 @@ def test_a_measurement_that_fails_leaves_the_earlier_ones(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         Ledger(path).recall("b", fail)
     assert json.loads(path.read_text()) == {"a": [1.0, 2.0]}
-    assert os.listdir(tmp_path) == ["measured.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["measured.json"]

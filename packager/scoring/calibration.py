@@ -22,6 +22,7 @@ _LEAST_WINDOWS = 4
 # code and markup cost 0.5 to 0.75; languages it hardly saw 1.1 to 2.3; shuffled words 1.7; noise 2.4 to 5.
 _UNFAMILIAR = 0.9
 _MOST_CHARACTERS = 16_000_000
+_MOST_TOKEN_CHARACTERS = 16  # of ordinary text a window of tokens never needs more on average
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +79,18 @@ def unfamiliar(description: str, token_nats: Tensor, windows: Tensor, tokenizer:
     if per_byte <= _UNFAMILIAR:
         return None
     return (
-        f"the model does not know text like {description}: its held-out part costs {float(token_nats.mean()):.4f} nats per token, {per_byte:.2f} per byte, where "
-        f"known text costs less than {_UNFAMILIAR:.2f}; if it is in another language, or no text, score again with --calibration text of the model's own kind"
+        f"the model does not know text like {description}: its held-out part costs {float(token_nats.mean()):.4f} nats per token, {per_byte:.2f} per byte, "
+        f"where known text costs less than {_UNFAMILIAR:.2f}; if it is in another language, or no text, score again with --calibration text of the "
+        "model's own kind"
     )
+
+
+def text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
+    """The first windows of a text, at most `count`: (n, 512) token ids. CalibrationError when there is not one."""
+    windows = _windows(_read(path, "text")[: count * WINDOW * _MOST_TOKEN_CHARACTERS], tokenizer)[:count]
+    if not len(windows):
+        raise CalibrationError(f"text {path} is too short: expected at least one window of {WINDOW} tokens")
+    return windows
 
 
 def _interleave(pools: Iterable[Tensor]) -> Tensor:
@@ -102,7 +112,7 @@ def _windows(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, len(start)), stream], dim=1)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, what: str = "calibration text") -> str:
     try:
         if path.suffix == ".parquet":
             text = "\n\n".join(_parquet_texts(path))
@@ -111,11 +121,11 @@ def _read(path: Path) -> str:
         else:
             text = path.read_text(encoding="utf-8")[:_MOST_CHARACTERS]
     except FileNotFoundError:
-        raise CalibrationError(f"calibration text {path} does not exist") from None
+        raise CalibrationError(f"{what} {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"calibration text {path} cannot be read as UTF-8 text: {error}") from error
+        raise CalibrationError(f"{what} {path} cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
-        raise CalibrationError(f"calibration text {path} is empty")
+        raise CalibrationError(f"{what} {path} is empty")
     return text
 
 
