@@ -16,12 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import graph_bytes, graph_losses, noise, show, text_windows, torch_losses
+from common import graph_bytes, half_window_losses, show, torch_losses
 
 from packager.bundle import GRAPH_FILE, write_contents
 from packager.checkpoint import open_checkpoint
 from packager.plan import load_map, plan_file_bytes
 from packager.profile import load_profile
+from packager.scoring.calibration import text_windows
+from packager.sweep import standard_error
 
 _GRAPH_ALLOWANCE = 1 << 20
 
@@ -44,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint, loaded, profile = open_checkpoint(str(arguments.model)), load_map(arguments.map), load_profile("edge-box-256mb")
-    windows = text_windows(checkpoint.tokenizer(), arguments.text, arguments.windows)
+    windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
     original = torch_losses(checkpoint.load(), windows)
     rows, data = [["source, float32", "", f"{original.mean():.4f}", "", "", ""]], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,7 +57,7 @@ def main() -> None:
         write_contents(loaded, plan, profile, ours)
         stock_rise = None
         for name, graph in (("stock int4 export", stock), ("packager", ours / GRAPH_FILE)):
-            losses = graph_losses(graph, windows, cache_width=loaded.geometry.head_dim)
+            losses = half_window_losses(graph, windows, cache_width=loaded.geometry.head_dim)
             rise = losses - original
             stock_rise = stock_rise if stock_rise is not None else rise.mean()
             predicted = f"{plan.loss_nats:.4f}" if name == "packager" else ""
@@ -64,7 +66,7 @@ def main() -> None:
                     name,
                     f"{graph_bytes(graph):,}",
                     f"{losses.mean():.4f}",
-                    f"{rise.mean():.4f} ± {noise(rise):.4f}",
+                    f"{rise.mean():.4f} ± {standard_error(rise):.4f}",
                     predicted,
                     f"{rise.mean() / stock_rise:.2f}",
                 ]

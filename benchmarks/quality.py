@@ -12,13 +12,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common import graph_bytes, graph_losses, noise, show, text_windows, torch_losses
+from common import graph_bytes, half_window_losses, show, torch_losses
 
 from packager.bundle import GRAPH_FILE, write_contents
 from packager.checkpoint import open_checkpoint
 from packager.plan import load_map, plan_file_bytes
 from packager.profile import load_profile
+from packager.scoring.calibration import text_windows
 from packager.sizes import parse_size
+from packager.sweep import standard_error
 
 # llama.cpp file → (bytes, rise of the loss in nats per token over its float16 file).
 LLAMA_CPP = {
@@ -57,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint, loaded, profile = open_checkpoint(str(arguments.model)), load_map(arguments.map), load_profile("edge-box-256mb")
-    windows = text_windows(checkpoint.tokenizer(), arguments.text, arguments.windows)
+    windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
     original = torch_losses(checkpoint.load(), windows)
     rows, data = [], []
     for limit in sorted(parse_size(text) for text in arguments.sizes):
@@ -65,13 +67,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             write_contents(loaded, plan, profile, Path(scratch, "bundle"))
             graph = Path(scratch, "bundle", GRAPH_FILE)
-            rise, size = graph_losses(graph, windows) - original, graph_bytes(graph)
+            rise, size = half_window_losses(graph, windows) - original, graph_bytes(graph)
         rival = None if arguments.no_baseline else best_rival(limit)
         against = [f"{rival[0]} {rival[1]:.4f}", f"{rise.mean() / rival[1]:.2f}"] if rival else ["", ""]
         bits = 8 * plan.file_bytes / sum(unit.elements for unit in loaded.scoremap.units)
-        rows.append([f"{limit:,}", f"{size:,}", f"{bits:.2f}", f"{rise.mean():.4f} ± {noise(rise):.4f}", f"{plan.loss_nats:.4f}", *against])
+        rows.append([f"{limit:,}", f"{size:,}", f"{bits:.2f}", f"{rise.mean():.4f} ± {standard_error(rise):.4f}", f"{plan.loss_nats:.4f}", *against])
         data.append(
-            {"limit_bytes": limit, "bytes": size, "rise_nats": rise.mean(), "noise_nats": noise(rise), "predicted_nats": plan.loss_nats, "rival": rival}
+            {
+                "limit_bytes": limit,
+                "bytes": size,
+                "rise_nats": rise.mean(),
+                "noise_nats": standard_error(rise),
+                "predicted_nats": plan.loss_nats,
+                "rival": rival,
+            }
         )
         print(" | ".join(rows[-1]), flush=True)
     header = ["at most", "bytes", "bits/weight", "rise measured (nats/token)", "predicted", "llama.cpp's best to the next size", "× its rise"]

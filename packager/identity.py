@@ -94,3 +94,13 @@ def check_files(folder: Path, identity: MapIdentity) -> None:
             raise ArtifactError(f"{path} is missing: the map is incomplete, score the model again")
         if name != STORE_FILE and sha256_file(path) != expected:
             raise ArtifactError(f"{path} is not the file that {IDENTITY_FILE} names: it was altered or damaged, score the model again")
+
+
+def require_model(folder: Path, identity: MapIdentity, name: str, sha256: str) -> None:
+    """ArtifactError when the map in `folder` is not of the model `name` whose weights hash to `sha256`."""
+    model = identity.model
+    if model.sha256 != sha256:
+        raise ArtifactError(
+            f"{folder} is the map of another model: {model.name} (sha256 {model.sha256[:12]}…), not {name} ({sha256[:12]}…); "
+            "name another map with --map, or remove this one"
+        )

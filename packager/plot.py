@@ -59,4 +59,4 @@ def _draw(axes: Any, curve: Curve) -> None:
     axes.set_ylabel("rise of the loss, nats per token")
     axes.set_title(f"{curve.model}: one score map, {len(curve.points)} sizes")
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")

@@ -17,9 +17,8 @@ from packager.bundle import GRAPH_FILE, REFERENCE_FILE
 from packager.errors import ArtifactError
 from packager.forms import Form
 from packager.graph.packing import dequantize
-from packager.graph.skeleton import Matrix
 from packager.manifest import Manifest
-from packager.scoring.sources import find_sources
+from packager.scoring.sources import find_sources, matrices_of
 
 PROMPTS = (
     "The three most important things to check before a long journey are",
@@ -58,12 +57,7 @@ def load_reference(root: Path, manifest: Manifest) -> Reference:
     stored = load_file(root / REFERENCE_FILE)
     config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    rows: dict[tuple[str, int], int] = {}
-    for unit in manifest.units:
-        key = (unit.matrix, unit.cols)
-        rows[key] = rows.get(key, 0) + unit.rows
-    matrices = [Matrix(name=name, rows=count, cols=cols) for (name, cols), count in rows.items()]
-    sources = find_sources(matrices, model)
+    sources = find_sources(matrices_of((unit.matrix, unit.rows, unit.cols) for unit in manifest.units), model)
     graph = ir.load(root / GRAPH_FILE).graph
     with torch.no_grad():
         for name, parameter in model.named_parameters():

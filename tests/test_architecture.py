@@ -33,6 +33,8 @@ LIGHT = [
     "text",
     "bars",
     "curve",
+    "sweep",
+    "plot",
     "cli",
 ]
 BANDS = [
@@ -43,6 +45,8 @@ BANDS = [
     ["solver", "curve"],
     ["identity"],
     ["manifest", "plan"],
+    ["sweep"],
+    ["plot"],
 ]
 """From the ground up: a module may import from its own band and those before it."""
 

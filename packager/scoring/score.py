@@ -30,7 +30,7 @@ from packager.forms import parse_form
 from packager.geometry import read_geometry
 from packager.graph.packing import dequantize
 from packager.graph.skeleton import export_skeleton
-from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity, Probe, read_identity
+from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity, Probe, read_identity, require_model
 from packager.limits import peak_bytes
 from packager.progress import Progress
 from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
@@ -179,12 +179,16 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def map_matches(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, calibration_paths: Sequence[Path]) -> bool:
-    """Whether the map in `folder` is of this model, these settings and this text, so that it need not be made again."""
+    """Whether the map in `folder` is of these settings and this text, so that it need not be made again.
+
+    ArtifactError when it is of another model: that is no map to replace unasked.
+    """
     if not (folder / IDENTITY_FILE).is_file():
         return False
     identity = read_identity(folder)
+    require_model(folder, identity, checkpoint.name, checkpoint.sha256())
     calibration = load_calibration(calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed)
-    return bool(identity.model.sha256 == checkpoint.sha256() and identity.settings == asdict(settings) and identity.calibration.sha256 == calibration.sha256)
+    return bool(identity.settings == asdict(settings) and identity.calibration.sha256 == calibration.sha256)
 
 
 def _work_folder(out: Path, model_hash: str, calibration: Calibration, settings: ScoreSettings) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,14 @@ class Source:
         parameter = model.get_submodule(self.module).weight
         assert isinstance(parameter, torch.Tensor)
         return parameter.data[self.start : self.stop]
+
+
+def matrices_of(units: Iterable[tuple[str, int, int]]) -> list[Matrix]:
+    """The graph's matrices that (matrix, rows, cols) of a map's units are parts of, in the units' order."""
+    rows: dict[tuple[str, int], int] = {}
+    for name, count, cols in units:
+        rows[name, cols] = rows.get((name, cols), 0) + count
+    return [Matrix(name=name, rows=count, cols=cols) for (name, cols), count in rows.items()]
 
 
 def find_sources(matrices: Sequence[Matrix], model: torch.nn.Module) -> list[Source]:
