@@ -186,7 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--assignments", type=int, default=120)
     parser.add_argument("--sizes", type=int, default=24, help="prefixes of the map along its curve")
-    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, help="keep finished measurements here, and go on from them")
     parser.add_argument("--json", type=Path)
@@ -206,6 +206,8 @@ def main() -> None:
     rows = []
     for band in BANDS:
         chosen = [result for result in results if result["band"] == band]
+        if len(chosen) < 3:
+            continue
         found = [spearman(column(chosen, "predicted"), column(chosen, name)) for name in ("rise", "divergence")]
         rows.append([f"Spearman, {band}", str(len(chosen)), *(f"{value:.3f}" for value in found), f"≥ {SPEARMAN[band]}"])
     curve = [result for result in results if result["kind"] == "curve"]

@@ -154,9 +154,10 @@ def test_planning_loads_nothing_heavy(code: str) -> None:
     assert out.splitlines()[-1] == ""
 
 
-def test_a_plan_of_a_real_map_loads_nothing_heavy(maps: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("verb", ["plan", "curve"])
+def test_a_plan_of_a_real_map_loads_nothing_heavy(verb: str, maps: Callable[[str], Path]) -> None:
     out = run_python(
-        f"import sys, packager.cli; assert packager.cli.main(['plan', {str(maps('llama'))!r}, '--profile', 'edge-box-256mb', '--json']) == 0\n"
+        f"import sys, packager.cli; assert packager.cli.main([{verb!r}, {str(maps('llama'))!r}, '--profile', 'edge-box-256mb', '--json']) == 0\n"
         f"print('\\n' + ' '.join(sorted({HEAVY!r} & set(sys.modules))))"
     )
     assert out.splitlines()[-1] == ""
