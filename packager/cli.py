@@ -207,10 +207,11 @@ def _score(arguments: argparse.Namespace) -> int:
         )
     identity = done.identity
     if arguments.json:
-        print(json.dumps({"identity": identity.to_dict(), "seconds": done.seconds, "peak_bytes": done.peak_bytes, "warnings": done.warnings}, indent=2))
+        costs = {"seconds": done.seconds, "peak_bytes": done.peak_bytes, "nats_per_byte": done.nats_per_byte, "warnings": done.warnings}
+        print(json.dumps({"identity": identity.to_dict()} | costs, indent=2))
         return 0
     print(f"score map of {identity.model.name} written to {arguments.output}")
-    print(text.score_text(identity, done.seconds, done.peak_bytes))
+    print(text.score_text(identity, done.nats_per_byte, done.seconds, done.peak_bytes))
     return 0
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from packager.bundle import GRAPH_FILE, REFERENCE_FILE, write_contents
+from packager.errors import RuntimeCheckError
 from packager.identity import check_files
 from packager.plan import LoadedMap, Plan, plan_file_bytes
 from packager.profile import DeviceProfile
@@ -75,4 +76,7 @@ def _losses(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, windows: NDAr
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch, "bundle")
         write_contents(loaded, plan, profile, root)
-        return graph_losses(root / GRAPH_FILE, windows, advance=progress.advance).astype(np.float64)
+        losses = graph_losses(root / GRAPH_FILE, windows, advance=progress.advance).astype(np.float64)
+    if not np.isfinite(losses).all():
+        raise RuntimeCheckError(f"the size of {plan.file_bytes:,} bytes gives losses on ONNX Runtime that are not finite: its weights overflow there")
+    return losses

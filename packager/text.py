@@ -37,10 +37,11 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def score_text(identity: MapIdentity, seconds: Mapping[str, float], peak_bytes: int | None) -> str:
+def score_text(identity: MapIdentity, nats_per_byte: float, seconds: Mapping[str, float], peak_bytes: int | None) -> str:
     """What a map was calibrated on, and what making it took."""
     calibration = identity.calibration
-    lines = [f"calibrated on {calibration.text}: {calibration.tokens} tokens; held-out loss {identity.losses.heldout_nats:.4f} nats per token"]
+    loss = f"{identity.losses.heldout_nats:.4f} nats per token, {nats_per_byte:.4f} per byte"
+    lines = [f"calibrated on {calibration.text}: {calibration.tokens} tokens; held-out loss {loss}"]
     lines += [f"  {phase:24} {taken:8.1f} s" for phase, taken in seconds.items()]
     lines.append(f"  {'total':24} {sum(seconds.values()):8.1f} s")
     if peak_bytes is not None:

@@ -34,7 +34,7 @@ from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIde
 from packager.limits import peak_bytes
 from packager.progress import Progress
 from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
-from packager.scoring.calibration import Calibration, load_calibration, unfamiliar
+from packager.scoring.calibration import Calibration, load_calibration, nats_per_byte, unfamiliar
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.ledger import Ledger
 from packager.scoring.options import Kernels, score_unit
@@ -70,10 +70,11 @@ class ScoreReport:
     """What making a map came to: its identity (`map.json`), what this run took, and what the user should know.
 
     `seconds` per phase; `peak_bytes` of memory, None where the system does not say. Phases that an earlier, killed run
-    had finished take next to none.
+    had finished take next to none. `nats_per_byte` is the source model's loss on the held-out text.
     """
 
     identity: MapIdentity
+    nats_per_byte: float
     seconds: dict[str, float]
     peak_bytes: int | None
     warnings: tuple[str, ...]
@@ -128,7 +129,8 @@ def score_model(
     heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
     scoremap, measured = _measure(work, sources, model, heldout, settings.quick, kernels, progress)
     lap("probes")
-    warning = unfamiliar(calibration.description, measured.token_nats.cpu(), heldout, tokenizer)
+    per_byte = nats_per_byte(measured.token_nats.cpu(), heldout, tokenizer)
+    warning = unfamiliar(calibration.description, float(measured.token_nats.double().mean()), per_byte)
     if warning:
         progress.warn(warning)
     progress.phase("writing the map", 1)
@@ -169,7 +171,7 @@ def score_model(
     progress.advance()
     lap("write")
     taken = {phase: round(time_taken, 3) for phase, time_taken in seconds.items()}
-    return ScoreReport(identity=identity, seconds=taken, peak_bytes=peak_bytes(), warnings=(warning,) if warning else ())
+    return ScoreReport(identity=identity, nats_per_byte=per_byte, seconds=taken, peak_bytes=peak_bytes(), warnings=(warning,) if warning else ())
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -96,14 +96,15 @@ def test_a_text_that_the_model_does_not_know_is_warned_of(kind: str, taught: Pic
     path = tmp_path / f"{kind}.txt"
     path.write_text({"known": random_text(2, 6000), "another order of words": random_text(9, 6000), "noise": noise(12_000)}[kind])
     done = succeed("score", taught.folder, "-o", tmp_path / "out.map", "--calibration", path, *SCORE, "--json")
-    loss = done.json["identity"]["losses"]["heldout_nats"]
+    loss, per_byte = done.json["identity"]["losses"]["heldout_nats"], done.json["nats_per_byte"]
+    assert 0 < per_byte < loss
     warnings = [line for line in done.err.splitlines() if "warning" in line]
     assert warnings == [f"packager: warning: {warning}" for warning in done.json["warnings"]]
     if kind == "known":
         assert warnings == []
     else:
         (warning,) = warnings
-        assert f"the model does not know text like {path.name}: its held-out part costs {loss:.4f} nats per token, " in warning
+        assert f"the model does not know text like {path.name}: its held-out part costs {loss:.4f} nats per token, {per_byte:.2f} per byte" in warning
     assert (tmp_path / "out.map" / "map.json").is_file()
 
 
