@@ -2,10 +2,10 @@
 
     python benchmarks/prediction.py --model MODEL_FOLDER --map MAP [--calibration PATH …] [--state FILE] [--json FILE]
 
-Each assignment is put into the torch model and run in float32. Predicted: the sum of its prices, read off the map's
-anchors. Measured: the rise of the loss, and the divergence KL(original ‖ now), which has far less noise, in nats per
-token. The text: windows of the calibration files (--calibration, the ones the map was scored with) that the map never
-saw; without it the map's own held-out windows, on which its anchors were measured.
+Each assignment is put into the torch model, inputs rounded as the CPU's kernels round them. Predicted: the sum of its
+prices, read off the map's anchors. Measured: the rise of the loss, and the divergence KL(original ‖ now), which has far
+less noise, in nats per token. The text: windows of the calibration files (--calibration, the ones the map was scored
+with) that the map never saw; without it the map's own held-out windows, on which its anchors were measured.
 
 Assignments are drawn in three ways, half of each above 4 bits per weight and half from 2.5 to 4: `uniform`: any of a
 unit's options up to a random number of bits; `shuffled`: the map's steps in random order, up to a random size;
