@@ -17,6 +17,7 @@ BITS = (2, 4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
 _FLOATS = {"f32": ("float32", 4), "f16": ("float16", 2)}
 _BLOCKS_LABEL = re.compile(r"q([248])g(16|32|64|128|256)(z?)")
+_SPLIT_LABEL = re.compile(r"q6g(16|32|64|128|256)")
 _FACTORS_LABEL = re.compile(r"([rp])([1-9][0-9]*)\.(f32|f16|q[248]g(?:16|32|64|128|256)z?)")
 
 
@@ -125,29 +126,40 @@ class PivotForm:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SumForm:
-    """W ≈ first + second: `second` stores what `first` leaves over. 4 and 2 bits together do the work of 6, which
-    no kernel has."""
+class SplitForm:
+    """Codes of 6 bits, which no kernel has, cut into their upper 4 and lower 2 bits: a kernel reads each, and four times
+    the one product plus the other is that of the whole. The two share one float32 scale for each block, so the whole
+    costs what 6-bit codes would cost. The zero point is 34, the kernels' own 8 and 2 put together.
+    """
 
-    first: BlockForm
-    second: BlockForm
+    block: int
 
     @property
     def label(self) -> str:
         """The form's name, which parse_form reads."""
-        return f"{self.first.label}+{self.second.label}"
+        return f"q6g{self.block}"
+
+    @property
+    def high(self) -> BlockForm:
+        """How the upper bits are read."""
+        return BlockForm(bits=4, block=self.block, zeros=False)
+
+    @property
+    def low(self) -> BlockForm:
+        """How the lower bits are read."""
+        return BlockForm(bits=2, block=self.block, zeros=False)
 
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
-        """The tensors of both, named `first.…` and `second.…`."""
-        parts = {"first": self.first.tensors(rows, cols), "second": self.second.tensors(rows, cols)}
-        return {f"{part}.{name}": spec for part, specs in parts.items() for name, spec in specs.items()}
+        """`high` and `low`, the codes of each, and the `scales` of both."""
+        high, low = self.high.tensors(rows, cols), self.low.tensors(rows, cols)
+        return {"high": high["codes"], "low": low["codes"], "scales": low["scales"]}
 
 
-Form = FloatForm | BlockForm | LowRankForm | PivotForm | SumForm
+Form = FloatForm | BlockForm | LowRankForm | PivotForm | SplitForm
 
 
 def parse_form(label: str) -> Form:
-    """The form a label names: "f32", "f16", "q4g64", "q2g32z", "q4g64z+q2g64", "r64.q8g32", "p100.f32"."""
+    """The form a label names: "f32", "f16", "q4g64", "q2g32z", "q6g64", "r64.q8g32", "p100.f32"."""
     if label in _FLOATS:
         return FloatForm(label=label)
     if match := _BLOCKS_LABEL.fullmatch(label):
@@ -158,13 +170,11 @@ def parse_form(label: str) -> Form:
         if isinstance(factors, BlockForm) and rank % factors.block:
             raise ArtifactError(f"form {label!r}: rank {rank} is not a multiple of block {factors.block}")
         return LowRankForm(rank=rank, factors=factors) if match.group(1) == "r" else PivotForm(rank=rank, factors=factors)
-    if label.count("+") == 1:
-        first, second = (parse_form(part) for part in label.split("+"))
-        if isinstance(first, BlockForm) and isinstance(second, BlockForm):
-            return SumForm(first=first, second=second)
+    if match := _SPLIT_LABEL.fullmatch(label):
+        return SplitForm(block=int(match.group(1)))
     raise ArtifactError(
-        f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of the latter with +, "
-        "or two factors of rank n as r<n>. or p<n>. before f32, f16 or q<bits>g<block>[z]"
+        f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], q6g<block>, or two factors of rank n as r<n>. or p<n>. before f32, f16 or "
+        "q<bits>g<block>[z]"
     )
 
 
@@ -176,11 +186,21 @@ def form_bytes(form: Form, rows: int, cols: int) -> int:
 def activation_block(form: Form) -> int | None:
     """Elements of an input that a form's kernels round to 8 bits together; None where they multiply in float."""
     match form:
-        case BlockForm(block=block) | SumForm(first=BlockForm(block=block)):
+        case BlockForm(block=block) | SplitForm(block=block):
             return block
         case LowRankForm(factors=BlockForm(block=block)) | PivotForm(factors=BlockForm(block=block)):
             return block
     return None
+
+
+def kernel_bits(form: Form) -> tuple[int, ...]:
+    """Bits of the codes that the kernels for a form read; none for float."""
+    match form:
+        case BlockForm(bits=bits) | LowRankForm(factors=BlockForm(bits=bits)) | PivotForm(factors=BlockForm(bits=bits)):
+            return (bits,)
+        case SplitForm():
+            return (form.high.bits, form.low.bits)
+    return ()
 
 
 def form_nodes(form: Form) -> int:
@@ -188,8 +208,6 @@ def form_nodes(form: Form) -> int:
     match form:
         case LowRankForm():
             return 2
-        case SumForm():
-            return 3
-        case PivotForm():
+        case PivotForm() | SplitForm():
             return 4
     return 1

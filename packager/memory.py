@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from packager.errors import ArtifactError
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, TensorSpec, form_bytes
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, TensorSpec, form_bytes
 from packager.profile import MemoryCoefficients
 
 Role = Literal["linear", "embedding", "head", "tied"]
@@ -208,8 +208,9 @@ def _multiplied_bytes(form: Form, rows: int, cols: int, coefficients: MemoryCoef
             packed = form.tensors(rows, -(-form.blocks(cols) // lanes) * lanes * form.block)
             mapped = sum(spec.bytes for name, spec in stored.items() if name != "codes")
             return mapped + packed["codes"].bytes + int(packed["scales"].bytes * coefficients.packed_scale_copies)
-        case SumForm(first=first, second=second):
-            return _multiplied_bytes(first, rows, cols, coefficients) + _multiplied_bytes(second, rows, cols, coefficients)
+        case SplitForm(high=high, low=low):
+            shared = form.tensors(rows, cols)["scales"].bytes
+            return _multiplied_bytes(high, rows, cols, coefficients) + _multiplied_bytes(low, rows, cols, coefficients) - shared
         case LowRankForm(rank=rank, factors=factors):
             return _multiplied_bytes(factors, rank, cols, coefficients) + _multiplied_bytes(factors, rows, rank, coefficients)
         case PivotForm(rank=rank, factors=factors):

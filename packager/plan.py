@@ -13,12 +13,12 @@ from typing import Any
 from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
-from packager.forms import Form, form_bytes, form_nodes, parse_form
+from packager.forms import Form, form_bytes, form_nodes, kernel_bits, parse_form
 from packager.identity import MapIdentity, read_identity
 from packager.memory import Geometry, MemoryEstimate, Role, estimate, looked_up_bytes, resident_bytes
 from packager.profile import DeviceProfile
 from packager.records import from_plain
-from packager.scoremap import IDENTITY_FILE, ScoreMap, Unit, form_bits, read_map, restricted, reweighed
+from packager.scoremap import IDENTITY_FILE, ScoreMap, Unit, read_map, restricted, reweighed
 from packager.sizes import format_size
 from packager.solver import Solution, choice_at, solve, total_bytes, total_loss
 
@@ -111,8 +111,7 @@ def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | 
         return _weigh(unit, form, loaded.geometry, profile, context)[0]
 
     def runs(unit: Unit, form: Form) -> bool:
-        bits = form_bits(form)
-        return bits is None or bits in profile.bits
+        return all(bits in profile.bits for bits in kernel_bits(form))
 
     view = reweighed(restricted(loaded.scoremap, runs), weigh)
     needed = _estimator(loaded.geometry, view, profile, context)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from packager.errors import ArtifactError
 from packager.files import dump_json
-from packager.forms import BlockForm, Form, LowRankForm, PivotForm, SumForm, form_bytes, parse_form
+from packager.forms import Form, form_bytes, parse_form
 from packager.records import from_plain
 
 SCHEMA = 1
@@ -139,16 +139,6 @@ def reweighed(scoremap: ScoreMap, weigh: Callable[[Unit, Form], int]) -> ScoreMa
         for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
     ]
     return make_map(scoremap.units, options)
-
-
-def form_bits(form: Form) -> int | None:
-    """Bits of a form's codes, of the first of two; None for float."""
-    match form:
-        case BlockForm(bits=bits):
-            return bits
-        case LowRankForm(factors=BlockForm(bits=bits)) | PivotForm(factors=BlockForm(bits=bits)) | SumForm(first=BlockForm(bits=bits)):
-            return bits
-    return None
 
 
 def map_tensors(scoremap: ScoreMap) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, form_bytes, form_nodes, parse_form
+from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, form_bytes, form_nodes, parse_form
 
 block_forms = st.builds(BlockForm, bits=st.sampled_from(BITS), block=st.sampled_from(BLOCKS), zeros=st.booleans())
 float_forms = st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")])
 kinds = st.sampled_from([LowRankForm, PivotForm])
 factored = st.builds(lambda kind, form, times: kind(rank=form.block * times, factors=form), kinds, block_forms, st.integers(1, 9))
 float_factored = st.builds(lambda kind, form, rank: kind(rank=rank, factors=form), kinds, float_forms, st.integers(1, 999))
-sums = st.builds(SumForm, first=block_forms, second=block_forms)
-forms = st.one_of(float_forms, block_forms, factored, float_factored, sums)
+splits = st.builds(SplitForm, block=st.sampled_from(BLOCKS))
+forms = st.one_of(float_forms, block_forms, factored, float_factored, splits)
 
 
 @given(forms)
@@ -47,8 +47,8 @@ def test_labels_name_their_forms(form: Form) -> None:
         "r32.r32.q4g32",
         "q4g٣٢",
         "q4g32+f32",
-        "r32.q4g32+q2g32",
-        "q4g32+q4g32+q4g32",
+        "r32.q6g32",
+        "q6g64z",
         "f32+f32",
     ],
 )
@@ -56,7 +56,7 @@ def test_unknown_labels_are_refused(label: str) -> None:
     with pytest.raises(ArtifactError) as caught:
         parse_form(label)
     assert str(caught.value) == (
-        f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], a sum of two of the latter with +, "
+        f"form {label!r} is unknown: expected f32, f16, q<bits>g<block>[z], q6g<block>, "
         "or two factors of rank n as r<n>. or p<n>. before f32, f16 or q<bits>g<block>[z]"
     )
 
@@ -85,7 +85,7 @@ def test_a_pivot_form_is_never_larger_than_the_matrix(rows: int, cols: int, data
 
 
 def test_nodes_of_each_form() -> None:
-    counts = {"f32": 1, "q4g32": 1, "r32.q4g32": 2, "r7.f32": 2, "q4g32+q2g64": 3, "p32.q4g32z": 4}
+    counts = {"f32": 1, "q4g32": 1, "r32.q4g32": 2, "r7.f32": 2, "q6g64": 4, "p32.q4g32z": 4}
     assert {label: form_nodes(parse_form(label)) for label in counts} == counts
 
 
@@ -108,7 +108,7 @@ def test_bytes_of_known_shapes() -> None:
     # 32 rows of 2 blocks, 8 rows of 1 block, and 40 numbers of the order
     assert form_bytes(parse_form("p32.q4g32"), 40, 64) == 32 * 2 * 20 + 8 * 20 + 40 * 4
     assert form_bytes(parse_form("p7.f16"), 40, 64) == 2 * (7 * 64 + 33 * 7) + 40 * 4
-    assert form_bytes(parse_form("q4g32+q2g64"), 3, 64) == 3 * (2 * 20 + 20)
+    assert form_bytes(parse_form("q6g32"), 3, 64) == 3 * (48 + 2 * 4)
 
 
 @given(block_forms, st.integers(1, 1000), st.integers(1, 1000))

@@ -11,7 +11,7 @@ import torch
 from conftest import PICO, Pico, random_model
 from torch import Tensor
 
-from packager.forms import BLOCKS, BlockForm, FloatForm, LowRankForm, SumForm, activation_block, form_bytes, parse_form
+from packager.forms import BLOCKS, BlockForm, FloatForm, LowRankForm, SplitForm, activation_block, form_bytes, parse_form
 from packager.graph.packing import dequantize, pack_blocks
 from packager.graph.skeleton import Matrix
 from packager.scoremap import Unit
@@ -147,15 +147,13 @@ def test_what_is_priced_is_what_is_packed(label: str) -> None:
     np.testing.assert_array_equal(dequantize(form, packed, 9, 72), values(rounded, form).numpy())
 
 
-@pytest.mark.parametrize("label", ["q4g64+q2g64", "q4g32+q2g32"])
-def test_a_sum_is_one_grid_cut_in_two(label: str) -> None:
+@pytest.mark.parametrize("label", ["q6g64", "q6g32"])
+def test_split_codes_are_one_grid_cut_in_two(label: str) -> None:
     form, weights, hessian = parse_form(label), weights_of(9, 72), correlated(72, 6)
-    assert isinstance(form, SumForm)
+    assert isinstance(form, SplitForm)
     rounded = round_to(weights, form, feedback(hessian))
     assert int(rounded.codes.max()) > 15
     np.testing.assert_allclose(dequantize(form, packed(rounded, form), 9, 72), values(rounded, form).numpy(), atol=1e-6)
-    with pytest.raises(ValueError, match="equal blocks"):
-        grid_of(SumForm(first=block_form("q4g64z"), second=block_form("q2g64")))
 
 
 @pytest.mark.parametrize("block", [16, 64, 256])
@@ -261,13 +259,13 @@ def test_every_option_of_a_unit_has_its_bytes_and_its_price(kind: str, quick: bo
         assert item.option.loss_nats == pytest.approx(sum(price(error, h, g) for h, g in pairs) + inputs, rel=1e-4, abs=1e-12)
         if kind != "linear":
             assert not isinstance(form, LowRankForm)
-            assert isinstance(form, FloatForm | SumForm) or form.bits > 2
+            assert isinstance(form, FloatForm | SplitForm) or form.bits > 2
     exact = score_unit(unit, weights, curvature, quick=quick, kernels=Kernels(rounds_inputs=False))
     losses = {item.option.form.label: item.option.loss_nats for item in exact}
     assert losses["f32"] == 0.0
     assert losses["q8g64"] < losses["q4g64z"]
     if kind == "linear":
-        assert losses["q8g64"] < losses["q4g64+q2g64"] < losses["q4g64z"] < losses["q2g64"]
+        assert losses["q8g64"] < losses["q6g64"] < losses["q4g64z"] < losses["q2g64"]
     if kind == "linear" and not quick:
         assert any(isinstance(item.option.form, LowRankForm) for item in scored)
 

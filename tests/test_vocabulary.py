@@ -11,7 +11,7 @@ import torch
 from conftest import random_model
 from test_graph import Skeleton, check, export
 
-from packager.forms import BLOCKS, BlockForm, SumForm, form_bytes, parse_form
+from packager.forms import BLOCKS, BlockForm, SplitForm, form_bytes, parse_form
 from packager.graph.packing import dequantize
 from packager.scoremap import Unit
 from packager.scoring.curvature import Curvature
@@ -32,12 +32,12 @@ def vocabulary_units(skeleton: Skeleton) -> list[Unit]:
     return [source.unit for source in skeleton.sources if source.unit.kind != "linear"]
 
 
-def test_a_large_vocabulary_is_cut_into_three_units_that_cover_it(cut: Skeleton) -> None:
+def test_a_large_vocabulary_is_cut_into_four_units_that_cover_it(cut: Skeleton) -> None:
     units = vocabulary_units(cut)
     for matrix in {unit.matrix for unit in units}:
         parts = [unit for unit in units if unit.matrix == matrix]
-        assert [(unit.start, unit.start + unit.rows) for unit in parts] == [(0, 192), (192, 768), (768, ROWS)]
-        assert [unit.name for unit in parts] == [f"{matrix}[0:192]", f"{matrix}[192:768]", f"{matrix}[768:2304]"]
+        assert [(unit.start, unit.start + unit.rows) for unit in parts] == [(0, 192), (192, 768), (768, 1536), (1536, ROWS)]
+        assert [unit.name for unit in parts] == [f"{matrix}[0:192]", f"{matrix}[192:768]", f"{matrix}[768:1536]", f"{matrix}[1536:2304]"]
 
 
 def by_part(forms: dict[int, str]) -> Callable[[Source], str]:
@@ -46,7 +46,11 @@ def by_part(forms: dict[int, str]) -> Callable[[Source], str]:
 
 @pytest.mark.parametrize(
     "forms",
-    [{0: "q8g64", 192: "q4g32z", 768: "q4g64"}, {0: "f32", 192: "q8g32", 768: "q4g32z"}, {0: "q4g64z", 192: "q4g64z", 768: "f32"}],
+    [
+        {0: "q8g64", 192: "q4g32z", 768: "q4g64", 1536: "q4g32z"},
+        {0: "f32", 192: "q8g32", 768: "q4g32z", 1536: "q6g64"},
+        {0: "q4g64z", 192: "q4g64z", 768: "f32", 1536: "f32"},
+    ],
     ids=lambda forms: "-".join(forms.values()),
 )
 def test_parts_of_a_vocabulary_may_take_different_forms(cut: Skeleton, forms: dict[int, str], tmp_path: Path) -> None:
@@ -55,12 +59,12 @@ def test_parts_of_a_vocabulary_may_take_different_forms(cut: Skeleton, forms: di
 
 def test_every_part_is_looked_up_by_tokens_of_its_own(cut: Skeleton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The edges of every part, so that an index off by one would take a row of the neighbour.
-    edges = np.array([0, 1, 191, 192, 193, 767, 768, 769, 2303, 5, 2000, 400])
+    edges = np.array([0, 1, 191, 192, 193, 767, 768, 769, 1535, 1536, 2303, 5, 2000, 400])
     monkeypatch.setattr("test_graph.IDS", edges)
     monkeypatch.setattr("test_graph.torch_logits.__defaults__", (edges,))
-    check(cut, by_part({0: "q8g64", 192: "q4g32z", 768: "q4g64z"}), tmp_path)
-    (tmp_path / "sum").mkdir()
-    check(cut, by_part({0: "q8g64", 192: "q4g64+q2g64", 768: "q4g64z"}), tmp_path / "sum")
+    check(cut, by_part({0: "q8g64", 192: "q4g32z", 768: "q4g64z", 1536: "q8g32"}), tmp_path)
+    (tmp_path / "split").mkdir()
+    check(cut, by_part({0: "q8g64", 192: "q6g64", 768: "q4g64z", 1536: "q6g32"}), tmp_path / "split")
 
 
 def test_sources_of_a_cut_vocabulary_share_one_module(cut: Skeleton) -> None:
@@ -69,15 +73,15 @@ def test_sources_of_a_cut_vocabulary_share_one_module(cut: Skeleton) -> None:
     assert torch.equal(torch.cat([source.weight(cut.model) for source in sources if source.module == sources[0].module]), whole)
 
 
-def test_a_sum_stores_what_the_first_code_leaves_over() -> None:
+def test_split_codes_lie_between_four_and_eight_bits() -> None:
     generator = torch.Generator().manual_seed(4)
     weights, inputs = torch.randn(48, 128, generator=generator), torch.randn(512, 128, generator=generator)
     hessian = inputs.T @ inputs / 512
     unit = Unit(name="some", kind="linear", rows=48, cols=128, matrix="some")
     curvature = Curvature(pairs=((hessian, torch.eye(48)),), rounding=hessian, noise=torch.zeros(len(BLOCKS), 128))
     scored = {item.option.form.label: item for item in score_unit(unit, weights, curvature, quick=False)}
-    total, single = scored["q4g64+q2g64"], scored["q4g64z"]
-    assert isinstance(total.option.form, SumForm)
+    total, single = scored["q6g64"], scored["q4g64z"]
+    assert isinstance(total.option.form, SplitForm)
     assert total.option.loss_nats < single.option.loss_nats / 8
     assert single.option.bytes < total.option.bytes < scored["q8g64"].option.bytes
     assert total.option.bytes == form_bytes(total.option.form, 48, 128)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -78,8 +78,11 @@ def dequantize(form: Form, tensors: Mapping[str, NDArray[np.generic]], rows: int
     match form:
         case FloatForm():
             return np.array(tensors["weight"], dtype=np.float32)
-        case SumForm():
-            return dequantize(form.first, part(tensors, "first"), rows, cols) + dequantize(form.second, part(tensors, "second"), rows, cols)
+        case SplitForm(high=high, low=low):
+            scales = tensors["scales"]
+            upper = _dequantize_blocks(high, {"codes": tensors["high"], "scales": scales}, rows, cols)
+            whole: Floats = 4 * upper + _dequantize_blocks(low, {"codes": tensors["low"], "scales": scales}, rows, cols)
+            return whole
         case LowRankForm(rank=rank, factors=factors):
             product: Floats = dequantize(factors, part(tensors, "up"), rows, rank) @ dequantize(factors, part(tensors, "down"), rank, cols)
             return product

@@ -6,6 +6,7 @@ building a size costs what copying it costs. A unit that meets no node, or a nod
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from packager.errors import ExportError
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, TensorSpec
+from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, TensorSpec
 from packager.graph.layout import EMBEDDING
 from packager.store import Region
 
@@ -210,10 +211,11 @@ class _Surgeon:
                 joined = ir.Node("", "Concat", [few.outputs[0], rest.outputs[0]], [ir.AttrInt64("axis", -1)], name=f"{base}/Concat")
                 order = self._initializer(f"{unit.name}.order", segment.tensors["order"])
                 return [few, rest, joined, ir.Node("", "Gather", [joined.outputs[0], order], [ir.AttrInt64("axis", -1)], name=f"{base}/Gather")]
-            case SumForm(first=first, second=second):
-                coarse = self._kernel(f"{base}/coarse", source, segment, first, "first.", unit.rows, unit.cols)
-                fine = self._kernel(f"{base}/fine", source, segment, second, "second.", unit.rows, unit.cols)
-                return [coarse, fine, ir.Node("", "Add", [coarse.outputs[0], fine.outputs[0]], name=f"{base}/Add")]
+            case SplitForm(high=high, low=low):
+                codes, scales = self._split(unit.name, segment, segment.tensors["high"][1].shape, segment.tensors["low"][1].shape)
+                upper = self._blocks(f"{base}/high", [source, codes[0], scales], high, unit.rows, unit.cols)
+                lower = self._blocks(f"{base}/low", [source, codes[1], scales], low, unit.rows, unit.cols)
+                return [upper, lower, *self._joined(base, upper, lower)]
 
     def _kernel(self, node: str, source: ir.Value, segment: _Segment, form: FloatForm | BlockForm, prefix: str, rows: int, cols: int) -> ir.Node:
         """The node that multiplies by the (rows, cols) matrix in the segment's tensors whose names start with `prefix`."""
@@ -223,6 +225,10 @@ class _Surgeon:
         inputs: list[ir.Value | None] = [source]
         for part in ("codes", "scales", "zeros") if form.zeros else ("codes", "scales"):
             inputs.append(self._initializer(f"{segment.placement.name}.{prefix}{part}", segment.tensors[prefix + part]))
+        return self._blocks(node, inputs, form, rows, cols)
+
+    def _blocks(self, node: str, inputs: Sequence[ir.Value | None], form: BlockForm, rows: int, cols: int) -> ir.Node:
+        """A MatMulNBits over codes, scales and zero points."""
         attributes = {"K": cols, "N": rows, "bits": form.bits, "block_size": form.block, "accuracy_level": self._options.accuracy_level}
         return ir.Node(_DOMAIN, "MatMulNBits", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=node)
 
@@ -266,28 +272,46 @@ class _Surgeon:
             return [ir.Node("", "Gather", [self._initializer(f"{prefix}.weight", segment.tensors["weight"]), indices], name=base)]
         match form:
             case BlockForm():
-                return self._lookup_blocks(base, indices, segment, form, "")
-            case SumForm(first=first, second=second):
-                parts = [self._lookup_blocks(f"{base}/{part}", indices, segment, code, f"{part}.") for part, code in (("first", first), ("second", second))]
-                total = ir.Node("", "Add", [nodes[-1].outputs[0] for nodes in parts], name=f"{base}/Add")
-                return [*parts[0], *parts[1], total]
+                shape = segment.tensors["codes"][1].shape
+                packed = self._initializer(f"{prefix}.codes", segment.tensors["codes"], (shape[0], shape[1] * shape[2]))
+                inputs: list[ir.Value | None] = [packed, indices, self._initializer(f"{prefix}.scales", segment.tensors["scales"])]
+                if form.zeros:
+                    inputs.append(self._initializer(f"{prefix}.zeros", segment.tensors["zeros"]))
+                gather = self._lookup_blocks(base, inputs, form)
+                return [gather, *self._unpadded(base, gather, form, unit.cols)]
+            case SplitForm(high=high, low=low):
+                flat = [(unit.rows, math.prod(segment.tensors[part][1].shape[1:])) for part in ("high", "low")]
+                codes, scales = self._split(prefix, segment, *flat)
+                upper = self._lookup_blocks(f"{base}/high", [codes[0], indices, scales], high)
+                lower = self._lookup_blocks(f"{base}/low", [codes[1], indices, scales], low)
+                nodes = [upper, lower, *self._joined(base, upper, lower)]
+                return [*nodes, *self._unpadded(base, nodes[-1], form.high, unit.cols)]
         raise ExportError(f"{unit.name}: an embedding cannot be stored as {form.label}")
 
-    def _lookup_blocks(self, base: str, indices: ir.Value, segment: _Segment, form: BlockForm, part: str) -> list[ir.Node]:
-        """A GatherBlockQuantized over the segment's tensors whose names start with `part`."""
-        unit, tensors = segment.placement, segment.tensors
-        prefix = f"{unit.name}.lookup.{part}" if unit.tied else f"{unit.name}.{part}"
-        shape = tensors[f"{part}codes"][1].shape
-        codes = self._initializer(f"{prefix}codes", tensors[f"{part}codes"], (shape[0], shape[1] * shape[2]))
-        inputs: list[ir.Value | None] = [codes, indices, self._initializer(f"{prefix}scales", tensors[f"{part}scales"])]
-        if form.zeros:
-            inputs.append(self._initializer(f"{prefix}zeros", tensors[f"{part}zeros"]))
+    def _lookup_blocks(self, node: str, inputs: Sequence[ir.Value | None], form: BlockForm) -> ir.Node:
+        """A GatherBlockQuantized over codes, indices, scales and zero points."""
         attributes = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
-        gather = ir.Node(_DOMAIN, "GatherBlockQuantized", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=base)
-        if form.blocks(unit.cols) * form.block == unit.cols:
-            return [gather]
-        bounds = [self._vector(f"{base}/{role}", number) for role, number in (("start", 0), ("stop", unit.cols), ("axis", -1))]
-        return [gather, ir.Node("", "Slice", [gather.outputs[0], *bounds], name=f"{base}/Slice")]
+        return ir.Node(_DOMAIN, "GatherBlockQuantized", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=node)
+
+    def _unpadded(self, base: str, rows: ir.Node, form: BlockForm, cols: int) -> list[ir.Node]:
+        """The Slice that takes looked-up rows back to `cols` elements, where blocks pad them."""
+        if form.blocks(cols) * form.block == cols:
+            return []
+        bounds = [self._vector(f"{base}/{role}", number) for role, number in (("start", 0), ("stop", cols), ("axis", -1))]
+        return [ir.Node("", "Slice", [rows.outputs[0], *bounds], name=f"{base}/Slice")]
+
+    def _split(self, prefix: str, segment: _Segment, high: tuple[int, ...], low: tuple[int, ...]) -> tuple[list[ir.Value], ir.Value]:
+        """Upper and lower codes in the given shapes, and the scales that both share."""
+        codes = [self._initializer(f"{prefix}.{part}", segment.tensors[part], shape) for part, shape in (("high", high), ("low", low))]
+        return codes, self._initializer(f"{prefix}.scales", segment.tensors["scales"])
+
+    def _joined(self, base: str, upper: ir.Node, lower: ir.Node) -> list[ir.Node]:
+        """Four times what the upper bits make, plus what the lower bits make."""
+        four = ir.tensor(4.0, dtype=ir.DataType.FLOAT, name=f"{base}/four")
+        value = ir.Value(name=f"{base}/four", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]), const_value=four)
+        self._graph.register_initializer(value)
+        scaled = ir.Node("", "Mul", [upper.outputs[0], value], name=f"{base}/Mul")
+        return [scaled, ir.Node("", "Add", [scaled.outputs[0], lower.outputs[0]], name=f"{base}/Add")]
 
     def _scalar(self, name: str, number: int) -> ir.Value:
         return self._integers(name, number, [])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms import BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SumForm, activation_block, parse_form
+from packager.forms import BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, activation_block, parse_form
 from packager.scoremap import Option, Unit
 from packager.scoring.curvature import Curvature
 from packager.scoring.factored import low_rank, pivoted, stored
@@ -20,12 +20,12 @@ Arrays = dict[str, NDArray[np.generic]]
 
 LINEAR_FORMS = (
     *("q8g32", "q8g64", "q8g128", "q8g256"),
-    *("q4g64+q2g64", "q4g128+q2g128"),
+    *("q6g64", "q6g128", "q6g256"),
     *("q4g32z", "q4g64z", "q4g64", "q4g128z", "q4g128"),
     *("q2g64", "q2g64z", "q2g128z"),
 )
-VOCABULARY_FORMS = ("q8g64", "q8g128", "q4g64+q2g64", "q4g128+q2g128", "q4g32z", "q4g64z", "q4g64", "q4g128z")
-QUICK_LINEAR_FORMS = ("q8g64", "q4g64+q2g64", "q4g64z", "q2g64")
+VOCABULARY_FORMS = ("q8g64", "q8g128", "q6g64", "q6g128", "q4g32z", "q4g64z", "q4g64", "q4g128z")
+QUICK_LINEAR_FORMS = ("q8g64", "q6g64", "q4g64z", "q2g64")
 QUICK_VOCABULARY_FORMS = ("q8g64", "q4g64z")
 _MOST_PADDING = 1.06
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
@@ -87,8 +87,8 @@ def _fits(form: Form, cols: int) -> bool:
     match form:
         case BlockForm(block=block):
             return block <= 64 or form.blocks(cols) * block <= _MOST_PADDING * cols
-        case SumForm(first=first, second=second):
-            return _fits(first, cols) and _fits(second, cols)
+        case SplitForm(high=high):
+            return _fits(high, cols)
     return True
 
 
@@ -104,7 +104,7 @@ def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool
         match form:
             case FloatForm() | BlockForm():
                 approximation, tensors = stored(weights, form, spread)
-            case SumForm():
+            case SplitForm():
                 rounded = round_to(weights, form, spread)
                 approximation, tensors = values(rounded, form), packed(rounded, form)
             case LowRankForm():

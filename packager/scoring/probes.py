@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm, SumForm, activation_block
+from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm, SplitForm, activation_block
 from packager.identity import Probe
 from packager.losses import token_losses
 from packager.scoremap import Option, ScoreMap, Unit
@@ -109,8 +109,8 @@ def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
             kind = f"{bits} bits"
         case LowRankForm() | PivotForm():
             kind = "low rank"
-        case SumForm(first=first, second=second):
-            kind = f"{first.bits} + {second.bits} bits"
+        case SplitForm():
+            kind = "6 bits"
     return f"{kind}, vocabulary" if unit.kind != "linear" else f"{kind}, depth {min(int(position * bands), bands - 1) + 1} of {bands}"
 
 

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms import BlockForm, SumForm
-from packager.graph.packing import pack_blocks, prefixed
+from packager.forms import BlockForm, SplitForm
+from packager.graph.packing import pack_blocks
 
 _DAMPING = 0.01
 _SLAB = 128
@@ -41,14 +41,12 @@ class Grid:
         return -(-cols // self.block)
 
 
-def grid_of(form: BlockForm | SumForm) -> Grid:
-    """The codes that a form stores. A sum's are cut in two: the high bits are its first code, the low bits its second."""
+def grid_of(form: BlockForm | SplitForm) -> Grid:
+    """The codes that a form stores; split ones as they are before they are cut."""
     if isinstance(form, BlockForm):
         return Grid(bits=form.bits, block=form.block, zeros=form.zeros, centre=2 ** (form.bits - 1))
-    first, second = form.first, form.second
-    if first.block != second.block or first.zeros or second.zeros:
-        raise ValueError(f"{form.label}: only sums of equal blocks without zero points are one grid")
-    return Grid(bits=first.bits + second.bits, block=first.block, zeros=False, centre=2 ** (second.bits + first.bits - 1) + 2 ** (second.bits - 1))
+    centre = 2 ** (form.low.bits + form.high.bits - 1) + 2 ** (form.low.bits - 1)
+    return Grid(bits=form.high.bits + form.low.bits, block=form.block, zeros=False, centre=centre)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +74,7 @@ def feedback(hessian: Tensor, damping: float = _DAMPING) -> Feedback:
     return Feedback(hessian=hessian, order=order, upper=inverse_factor(hessian[order][:, order], damping))
 
 
-def round_to(weights: Tensor, form: BlockForm | SumForm, spread: Feedback) -> Rounded:
+def round_to(weights: Tensor, form: BlockForm | SplitForm, spread: Feedback) -> Rounded:
     """Round (N, K) `weights` to `form`'s codes and refit their scales."""
     grid = grid_of(form)
     return refit_scales(weights, gptq(weights, spread, grid), spread.hessian, grid)
@@ -191,20 +189,19 @@ def gptq(weights: Tensor, spread: Feedback, form: Grid) -> Rounded:
     return Rounded(codes=codes.T.contiguous(), scales=scales, zeros=zeros.to(torch.uint8) if form.zeros else None)
 
 
-def values(rounded: Rounded, form: BlockForm | SumForm) -> Tensor:
+def values(rounded: Rounded, form: BlockForm | SplitForm) -> Tensor:
     """The (N, K) float32 matrix that the codes stand for."""
     grid, cols = grid_of(form), rounded.codes.shape[1]
     scales = rounded.scales.repeat_interleave(grid.block, dim=1)[:, :cols]
     return _centred(rounded, grid) * scales
 
 
-def packed(rounded: Rounded, form: BlockForm | SumForm) -> dict[str, NDArray[np.generic]]:
+def packed(rounded: Rounded, form: BlockForm | SplitForm) -> dict[str, NDArray[np.generic]]:
     """The tensors that the codes are stored in."""
-    if isinstance(form, SumForm):
-        low = form.second.bits
-        high = Rounded(codes=rounded.codes >> low, scales=rounded.scales * 2**low, zeros=None)
-        rest = Rounded(codes=rounded.codes & (2**low - 1), scales=rounded.scales, zeros=None)
-        return prefixed("first", packed(high, form.first)) | prefixed("second", packed(rest, form.second))
+    if isinstance(form, SplitForm):
+        high = pack_blocks(form.high, (rounded.codes >> form.low.bits).cpu().numpy(), rounded.scales.cpu().numpy(), None)
+        low = pack_blocks(form.low, (rounded.codes & (2**form.low.bits - 1)).cpu().numpy(), rounded.scales.cpu().numpy(), None)
+        return {"high": high["codes"], "low": low["codes"], "scales": low["scales"]}
     zeros = rounded.zeros.cpu().numpy() if rounded.zeros is not None else None
     return pack_blocks(form, rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
 

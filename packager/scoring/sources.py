@@ -19,6 +19,7 @@ from packager.graph.skeleton import Matrix
 from packager.scoremap import Unit
 
 _CUT_ROWS = 2048
+_CUT_SHARES = (1 / 12, 1 / 3, 2 / 3)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)")
 _OWNERS = {"attn": ("self_attn", "attention", "attn"), "mlp": ("mlp", "feed_forward")}
 _ALIASES = {"o_proj": ("o_proj", "dense", "out_proj"), "down_proj": ("down_proj", "dense_4h_to_h"), "fc1": ("fc1",), "fc2": ("fc2",)}
@@ -72,14 +73,14 @@ def find_sources(matrices: Sequence[Matrix], model: torch.nn.Module) -> list[Sou
 
 
 def _vocabulary(matrix: Matrix, kind: str, module: str) -> list[Source]:
-    """A vocabulary's rows, cut in three where it is large.
+    """A vocabulary's rows, cut in four where it is large.
 
     Tokenizers number tokens by the order of their merges, so the first ones are the common ones: they pay for most of
     the loss and for few of the bytes, and can afford more bits than the long tail.
     """
     cuts = [0, matrix.rows]
     if matrix.rows >= _CUT_ROWS:
-        cuts = [0, matrix.rows // 12 // 64 * 64, matrix.rows // 3 // 64 * 64, matrix.rows]
+        cuts = [0, *(int(matrix.rows * share) // 64 * 64 for share in _CUT_SHARES), matrix.rows]
     sources = []
     for start, stop in itertools.pairwise(cuts):
         name = matrix.name if len(cuts) == 2 else f"{matrix.name}[{start}:{stop}]"
