@@ -42,21 +42,22 @@ class Observer:
         length = windows.shape[1]
         stride = max(2, math.ceil(windows.numel() * vocabulary / _LOGIT_LIMIT))
         self._positions = torch.arange(stride - 1, length - 1, stride, device=self._windows.device)
-        self._log_chances, self.token_nats = self._run()
+        self._log_chances, self.token_nats = self._run(model)
 
     @torch.no_grad()
-    def _run(self) -> tuple[Tensor, Tensor]:
+    def _run(self, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
         """Log chances at the observed positions, and the loss of every token (n, length - 1)."""
         chances, losses = [], []
         for window in self._windows:
-            logits, nats = token_losses(self._model, window)
+            logits, nats = token_losses(model, window)
             losses.append(nats)
             chances.append(torch.log_softmax(logits[self._positions], dim=-1))
         return torch.stack(chances), torch.stack(losses)
 
-    def measure(self) -> tuple[float, float]:
-        """(divergence KL(original ‖ now), rise of the loss), both in nats per token."""
-        now, loss = self._run()
+    def measure(self, model: torch.nn.Module | None = None) -> tuple[float, float]:
+        """(divergence KL(original ‖ now), rise of the loss), both in nats per token, of another model or of the same
+        one as it is now."""
+        now, loss = self._run(self._model if model is None else model)
         divergence = torch.nn.functional.kl_div(now, self._log_chances, reduction="none", log_target=True).sum(-1).double().mean()
         return float(divergence), float((loss - self.token_nats).double().mean())
 
@@ -83,7 +84,7 @@ def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping
                 module = model.get_submodule(source.module) if source.unit.kind == "linear" else model.get_output_embeddings()  # type: ignore[operator]
                 # Parts of one matrix read the same inputs, each in its own blocks; here the shortest stand for all.
                 blocks[module] = min(block, blocks.get(module, block))
-        handles = [module.register_forward_pre_hook(_rounding_hook(block)) for module, block in blocks.items()]
+        handles = [module.register_forward_pre_hook(rounding_hook(block)) for module, block in blocks.items()]
         yield
     finally:
         for handle in handles:
@@ -92,10 +93,12 @@ def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping
             weight.copy_(original)
 
 
-def _rounding_hook(block: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def rounding_hook(block: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A forward pre-hook that rounds a module's inputs to 8 bits; gradients pass as if it did not."""
+
     def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = arguments[0].flatten(0, -2).float()
-        return ((rows + activation_error(rows, block)).to(arguments[0].dtype).view_as(arguments[0]), *arguments[1:])
+        return ((rows + activation_error(rows.detach(), block)).to(arguments[0].dtype).view_as(arguments[0]), *arguments[1:])
 
     return hook
 
