@@ -1,6 +1,7 @@
 """Quality along the map's curve: bundles of many sizes, written and run by ONNX Runtime, against llama.cpp's quants.
 
-    python benchmarks/quality.py --model MODEL_FOLDER --map MAP --text TEXT [--sizes 85MB 91MB …] [--windows N] [--json FILE]
+    python benchmarks/quality.py --model MODEL_FOLDER --map MAP --text TEXT [--sizes 85MB 91MB …] [--windows N]
+        [--polish MINUTES --calibration TEXT …] [--json FILE]
 
 The llama.cpp rows are those published with this project for SmolLM2-135M-Instruct off its 4-bit grid (importance matrix
 from similar text, the same text and windows, second half scored); for another model pass --no-baseline.
@@ -18,7 +19,9 @@ from packager.bundle import GRAPH_FILE, write_contents
 from packager.checkpoint import open_checkpoint
 from packager.plan import load_map, plan_file_bytes
 from packager.profile import load_profile
+from packager.progress import Silent
 from packager.scoring.calibration import text_windows
+from packager.scoring.polish_plan import Polishing, polish_plan
 from packager.sizes import parse_size
 from packager.sweep import standard_error
 
@@ -54,6 +57,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=["60MB", "70MB", "85MB", *(str(size) for size, _ in LLAMA_CPP.values() if size < 140_000_000)])
     parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--polish", type=float, metavar="MINUTES", help="measure each size polished, too (build --polish)")
+    parser.add_argument("--calibration", type=Path, action="append", default=[], help="text to polish on")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -64,26 +69,35 @@ def main() -> None:
     rows, data = [], []
     for limit in sorted(parse_size(text) for text in arguments.sizes):
         plan = plan_file_bytes(loaded, profile, limit - _GRAPH_ALLOWANCE)
-        with tempfile.TemporaryDirectory() as scratch:
-            write_contents(loaded, plan, profile, Path(scratch, "bundle"))
-            graph = Path(scratch, "bundle", GRAPH_FILE)
-            rise, size = half_window_losses(graph, windows) - original, graph_bytes(graph)
         rival = None if arguments.no_baseline else best_rival(limit)
-        against = [f"{rival[0]} {rival[1]:.4f}", f"{rise.mean() / rival[1]:.2f}"] if rival else ["", ""]
         bits = 8 * plan.file_bytes / sum(unit.elements for unit in loaded.scoremap.units)
-        rows.append([f"{limit:,}", f"{size:,}", f"{bits:.2f}", f"{rise.mean():.4f} ± {standard_error(rise):.4f}", f"{plan.loss_nats:.4f}", *against])
-        data.append(
-            {
-                "limit_bytes": limit,
-                "bytes": size,
-                "rise_nats": rise.mean(),
-                "noise_nats": standard_error(rise),
-                "predicted_nats": plan.loss_nats,
-                "rival": rival,
-            }
-        )
-        print(" | ".join(rows[-1]), flush=True)
-    header = ["at most", "bytes", "bits/weight", "rise measured (nats/token)", "predicted", "llama.cpp's best to the next size", "× its rise"]
+        with tempfile.TemporaryDirectory() as scratch:
+            variants: list[tuple[str, Path | None]] = [("map", None)]
+            if arguments.polish:
+                polishing = Polishing(checkpoint=checkpoint, minutes=arguments.polish, calibration_paths=arguments.calibration)
+                polish_plan(loaded, plan, polishing, Path(scratch, "polished.safetensors"), Silent())
+                variants.append((f"polished, {arguments.polish:g} min", Path(scratch, "polished.safetensors")))
+            for name, polished in variants:
+                folder = Path(scratch, name)
+                write_contents(loaded, plan, profile, folder, polished)
+                rise, size = half_window_losses(folder / GRAPH_FILE, windows) - original, graph_bytes(folder / GRAPH_FILE)
+                against = [f"{rival[0]} {rival[1]:.4f}", f"{rise.mean() / rival[1]:.2f}"] if rival else ["", ""]
+                rows.append(
+                    [f"{limit:,}", name, f"{size:,}", f"{bits:.2f}", f"{rise.mean():.4f} ± {standard_error(rise):.4f}", f"{plan.loss_nats:.4f}", *against]
+                )
+                data.append(
+                    {
+                        "limit_bytes": limit,
+                        "variant": name,
+                        "bytes": size,
+                        "rise_nats": rise.mean(),
+                        "noise_nats": standard_error(rise),
+                        "predicted_nats": plan.loss_nats,
+                        "rival": rival,
+                    }
+                )
+                print(" | ".join(rows[-1]), flush=True)
+    header = ["at most", "", "bytes", "bits/weight", "rise measured (nats/token)", "predicted", "llama.cpp's best to the next size", "× its rise"]
     show(f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored; source {original.mean():.4f}", header, rows, arguments.json, data)
 
 

@@ -46,15 +46,16 @@ _ROLES = {
 }
 
 
-def write_contents(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: Path) -> None:
-    """Everything of a bundle but its golden file and manifest, into folder `out`. A copy of chosen bytes."""
+def write_contents(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: Path, polished: Path | None = None) -> None:
+    """Everything of a bundle but its golden file and manifest, into folder `out`. A copy of chosen bytes, with the scales in
+    safetensors file `polished` (`unit|scales`) in the place of the store's where there are any."""
     skeleton = loaded.folder / "skeleton" / profile.provider
     if not skeleton.is_dir():
         raise ArtifactError(f"{loaded.folder} has no graph for {profile.provider}: score the model again with --provider {profile.provider}")
     check_files(loaded.folder, loaded.identity)
     (out / "onnx").mkdir(parents=True)
     options = GraphOptions(context_tokens=plan.context_tokens, accuracy_level=profile.accuracy_level)
-    written = write_model(skeleton / "graph.onnx", placements(loaded, plan), options, out / GRAPH_FILE)
+    written = write_model(skeleton / "graph.onnx", placements(loaded, plan, polished), options, out / GRAPH_FILE)
     if sum(written.values()) != plan.file_bytes:
         raise ArtifactError(f"wrote {sum(written.values())} bytes of weights, the plan said {plan.file_bytes}")
     for path in sorted((loaded.folder / "model").iterdir()):
@@ -69,9 +70,10 @@ def write_contents(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: P
     write_text(out / "README.md", _card(loaded, plan))
 
 
-def placements(loaded: LoadedMap, plan: Plan) -> Iterable[Placement]:
-    """Every unit in its chosen form, with where its bytes lie in the map's store."""
+def placements(loaded: LoadedMap, plan: Plan, polished: Path | None = None) -> Iterable[Placement]:
+    """Every unit in its chosen form, with where its bytes lie: in the map's store, or scales in `polished`."""
     tensors, _ = read_header(loaded.folder / STORE_FILE)
+    tuned = read_header(polished)[0] if polished else {}
     digests = read_json(loaded.folder / DIGESTS_FILE)
     for unit in loaded.scoremap.units:
         form = form_of(plan, unit)
@@ -85,6 +87,8 @@ def placements(loaded: LoadedMap, plan: Plan) -> Iterable[Placement]:
                 raise ArtifactError(
                     f"{loaded.folder / STORE_FILE}: the bytes of {key!r} are not those that were scored: the store is damaged, score the model again"
                 )
+        if f"{unit.name}|scales" in tuned:
+            regions["scales"] = tuned[f"{unit.name}|scales"].region
         yield Placement(
             name=unit.name, matrix=unit.matrix, start=unit.start, tied=unit.kind == "tied", rows=unit.rows, cols=unit.cols, form=form, regions=regions
         )
