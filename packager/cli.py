@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from packager.errors import PackagerError
 if TYPE_CHECKING:
     from packager.plan import LoadedMap, Request
     from packager.profile import DeviceProfile
+    from packager.scoring.acip import AcipSettings
     from packager.scoring.score import ScoreSettings
 
 _INTERRUPTED = 130
@@ -163,6 +165,16 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and options: a rougher map in a fraction of the time")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device to score on: cpu or cuda (default: cpu)")
+    parser.add_argument("--float-only", action="store_true", help="low rank in float instead of low-bit codes, for devices without kernels for these")
+    parser.add_argument("--method", choices=["curvature", "acip"], default="curvature", help="how units are scored (default: curvature)")
+    acip = parser.add_argument_group("ACIP", "the defaults are those published, or with --quick some that two cores can bear")
+    acip.add_argument("--acip-steps", type=int, metavar="N", help="optimiser steps that the schedule is laid over (2000, quick 80)")
+    acip.add_argument("--acip-tokens", type=int, metavar="N", help="tokens in an optimiser step (4096, quick 256)")
+    acip.add_argument("--acip-tuning", type=int, metavar="N", help="steps of tuning the adapters after pruning (1000, quick 40)")
+    acip.add_argument("--acip-rank", type=int, metavar="N", help="rank of the adapters (32, quick 8)")
+    acip.add_argument("--acip-rate", type=float, metavar="X", help="learning rate of the adapters (5e-5, quick 5e-4)")
+    acip.add_argument("--acip-stop", type=float, metavar="X", help="share of the layers' elements at which pruning stops (0.4)")
+    acip.add_argument("--acip-basis", choices=["curvature", "weights"], help="what layers are taken apart by: their curvature, or as published their weights")
 
 
 def _writing(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +192,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             request,
             arguments.output,
             calibration_paths=arguments.calibration,
-            settings=_settings(arguments, request.profile.provider),
+            settings=_settings(arguments, request.profile.provider, float_only=not request.profile.bits),
             device=arguments.device,
             validate=not arguments.no_validate,
             force=arguments.force,
@@ -199,7 +211,7 @@ def _score(arguments: argparse.Namespace) -> int:
         done = score_model(
             open_checkpoint(arguments.model),
             arguments.output,
-            _settings(arguments, "cpu"),
+            _settings(arguments, "cpu", float_only=False),
             calibration_paths=arguments.calibration,
             device=arguments.device,
             force=arguments.force,
@@ -358,11 +370,33 @@ def _budget(text: str | None, profile: DeviceProfile) -> int | None:
     return None if text is None else parse_size(text, of_bytes=profile.memory_bytes)
 
 
-def _settings(arguments: argparse.Namespace, provider: str) -> ScoreSettings:
+def _settings(arguments: argparse.Namespace, provider: str, *, float_only: bool) -> ScoreSettings:
     from packager.scoring.score import QUICK_TOKENS, ScoreSettings
 
     tokens = min(arguments.tokens, QUICK_TOKENS) if arguments.quick else arguments.tokens
-    return ScoreSettings(tokens=tokens, seed=arguments.seed, quick=arguments.quick, provider=provider)
+    return ScoreSettings(
+        tokens=tokens,
+        seed=arguments.seed,
+        quick=arguments.quick,
+        provider=provider,
+        float_only=float_only or arguments.float_only,
+        acip=_acip_settings(arguments),
+    )
+
+
+def _acip_settings(arguments: argparse.Namespace) -> AcipSettings | None:
+    """None for the curvature method, whose settings these are not."""
+    from packager.errors import UsageError
+    from packager.scoring.acip import QUICK_ACIP, AcipSettings
+
+    fields = {"steps": "steps", "tokens": "step_tokens", "tuning": "tuning_steps", "rank": "adapter_rank", "rate": "adapter_rate"}
+    fields |= {"stop": "stop_ratio", "basis": "basis"}
+    given = {field: value for name, field in fields.items() if (value := getattr(arguments, f"acip_{name}")) is not None}
+    if arguments.method != "acip":
+        if given:
+            raise UsageError("the --acip-… settings are of another method: add --method acip, or leave them out")
+        return None
+    return dataclasses.replace(QUICK_ACIP if arguments.quick else AcipSettings(), **given)
 
 
 def _progress() -> Any:

@@ -34,6 +34,8 @@ from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIde
 from packager.limits import peak_bytes
 from packager.progress import Progress
 from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
+from packager.scoring.acip import AcipSettings, check_reachable
+from packager.scoring.acip_map import Ranking, learn, load_start, prepare, ranked_options, start_path
 from packager.scoring.calibration import Calibration, load_calibration, nats_per_byte, unfamiliar
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.ledger import Ledger
@@ -56,13 +58,24 @@ _PROBE_WINDOWS = 4  # divergences are far less noisy than rises of the loss: hal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSettings:
-    """What a map's content depends on besides the model and the text. `tokens` of calibration, a `seed`."""
+    """What a map's content depends on besides the model and the text. `tokens` of calibration, a `seed`.
+
+    `float_only` is for devices without low-bit kernels. `acip` scores by that method; without, by curvature.
+    """
 
     tokens: int = 32768
     seed: int = 0
     quick: bool = False
     provider: str = "cpu"
     sampled_labels: bool = False
+    float_only: bool = False
+    acip: AcipSettings | None = None
+
+    @property
+    def kernels(self) -> Kernels:
+        """What the options may be made of. Graphs for accelerators hold float16, and only CPUs' kernels round inputs."""
+        cpu = self.provider == "cpu"
+        return Kernels(floats="f32" if cpu else "f16", low_bit=not self.float_only, rounds_inputs=cpu)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +125,12 @@ def score_model(
     lap("read")
     matrices, nodes = export_skeleton(config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider)
     sources = find_sources(matrices, model)
-    kernels = Kernels(rounds_inputs=settings.provider == "cpu")
+    if settings.acip:
+        check_reachable([(source.unit.rows, source.unit.cols) for source in sources if source.unit.kind == "linear"], settings.acip)
     lap("skeleton")
+    rankings = _rankings(model, sources, calibration, settings, work, progress) if settings.acip else {}
+    if settings.acip:
+        lap("acip")
     for number, group in enumerate(_groups(sources)):
         if all(_part(work, source.unit).exists() for source in group):
             continue
@@ -121,13 +138,13 @@ def score_model(
         lap("curvature")
         progress.phase("rounding and pricing options", len(group))
         for source in group:
-            _score_part(work, source, model, curvature, quick=settings.quick, kernels=kernels)
+            _score_part(work, source, model, curvature[source.unit.name], settings, rankings.get(source.unit.name))
             progress.advance()
         (work / f"curvature-{number}.safetensors").unlink(missing_ok=True)
         del curvature  # before the next group's: it is the largest thing in memory
         lap("options")
     heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
-    scoremap, measured = _measure(work, sources, model, heldout, settings.quick, kernels, progress)
+    scoremap, measured = _measure(work, sources, model, heldout, settings, progress)
     lap("probes")
     per_byte = nats_per_byte(measured.token_nats.cpu(), heldout, tokenizer)
     warning = unfamiliar(calibration.description, float(measured.token_nats.double().mean()), per_byte)
@@ -229,7 +246,7 @@ def _curvature(
     model: torch.nn.Module, group: Sequence[Source], calibration: Calibration, settings: ScoreSettings, cache: Path, progress: Progress
 ) -> dict[str, Curvature]:
     if cache.is_file():
-        stored = load_torch(cache)
+        stored = load_torch(cache, device=str(next(model.parameters()).device))
         names = [source.unit.name for source in group]
         return {
             name: Curvature(
@@ -263,17 +280,43 @@ def _curvature(
     return curvature
 
 
+def _rankings(
+    model: torch.nn.Module, sources: Sequence[Source], calibration: Calibration, settings: ScoreSettings, work: Path, progress: Progress
+) -> dict[str, Ranking]:
+    """ACIP's ranking of every linear unit. Curvature comes first: it gives the directions that are trained."""
+    assert settings.acip is not None
+    linear = [source for source in sources if source.unit.kind == "linear"]
+    if all(_part(work, source.unit).exists() for source in linear):
+        return {}
+    for number, group in enumerate(_groups(sources)):
+        missing = [source for source in group if source.unit.kind == "linear" and not start_path(work, source.unit).exists()]
+        if missing:
+            curvature = _curvature(model, group, calibration, settings, work / f"curvature-{number}.safetensors", progress)
+            progress.phase("taking layers apart", len(missing))
+            for source in missing:
+                prepare(work, source, model, curvature[source.unit.name], settings.acip)
+                progress.advance()
+    adapt_whole = not settings.float_only
+    return learn(work, model, linear, calibration.windows, settings.acip, seed=settings.seed, adapt_whole=adapt_whole, progress=progress)
+
+
 def _part(work: Path, unit: Unit) -> Path:
     return work / f"unit-{unit.name}.safetensors"
 
 
 @torch.no_grad()
-def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: dict[str, Curvature], *, quick: bool, kernels: Kernels) -> None:
+def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: Curvature, settings: ScoreSettings, ranking: Ranking | None) -> None:
     """The options of one unit into one file: those that no other beats in both bytes and price."""
     path = _part(work, source.unit)
     if path.exists():
         return
-    scored = {item.option.form.label: item for item in score_unit(source.unit, source.weight(model), curvature[source.unit.name], quick=quick, kernels=kernels)}
+    unit, weights = source.unit, source.weight(model)
+    if ranking is None:
+        made = score_unit(unit, weights, curvature, quick=settings.quick, kernels=settings.kernels)
+    else:
+        start = load_start(work, unit, weights.device)
+        made = ranked_options(unit, weights, curvature, start, ranking, quick=settings.quick, kernels=settings.kernels)
+    scored = {item.option.form.label: item for item in made}
     chain = front([item.option for item in scored.values()])
     tensors = {f"{option.form.label}|{name}": tensor for option in chain for name, tensor in scored[option.form.label].tensors.items()}
     described = json.dumps([[option.form.label, option.bytes, option.loss_nats] for option in chain])
@@ -306,9 +349,12 @@ class _Measured:
 
 @torch.no_grad()
 def _measure(
-    work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, quick: bool, kernels: Kernels, progress: Progress
+    work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, settings: ScoreSettings, progress: Progress
 ) -> tuple[ScoreMap, _Measured]:
-    """The map with its prices corrected by probes, and the curve through its anchors."""
+    """The map with its prices corrected by probes, and the curve through its anchors.
+
+    ACIP's prices take one factor for the whole depth: several would change its order.
+    """
     units = [source.unit for source in sources]
     options = [_part_options(work, source) for source in sources]
     ledger = Ledger(work / "measured.json")
@@ -320,12 +366,12 @@ def _measure(
         """Divergence and rise with the chosen options, from the ledger where they were measured before."""
 
         def measure() -> tuple[float, float]:
-            with perturbed(model, sources, chosen, load, rounds_inputs=kernels.rounds_inputs):
+            with perturbed(model, sources, chosen, load, rounds_inputs=settings.kernels.rounds_inputs):
                 return observer.measure()
 
         return ledger.recall(sha256_json({"windows": windows, "forms": {name: option.form.label for name, option in chosen.items()}}), measure)
 
-    bands, levels = (1, QUICK_ANCHOR_NATS) if quick else (3, ANCHOR_NATS)
+    bands, levels = 1 if settings.quick or settings.acip else 3, QUICK_ANCHOR_NATS if settings.quick else ANCHOR_NATS
     sets = probe_sets(units, options, bands)
     progress.phase("probing what perturbations cost", len(sets) + len(levels) + 2)
     observer, glance = Observer(model, heldout), Observer(model, heldout[:_PROBE_WINDOWS])
