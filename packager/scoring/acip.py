@@ -32,7 +32,7 @@ from packager.scoring.sources import Source
 
 PUBLISHED_STEPS = 2000
 BASES = ("curvature", "weights")
-_MOST_ROUNDS = 2
+_MOST_ROUNDS = 4
 _SAVE_SECONDS = 30.0
 _PASS_TOKENS = 2048
 
@@ -249,7 +249,7 @@ class _Run:
             logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / targets
             if not bool(torch.isfinite(loss)):
-                raise CalibrationError(f"ACIP diverged at step {number}: the loss is {float(loss)}; lower the adapter's rate or give it more steps")
+                raise CalibrationError(f"ACIP diverged at step {number}: the loss is {float(loss.detach())}; lower the adapter's rate or give it more steps")
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
         if self.stopped:
             self.optimiser.step()
@@ -333,7 +333,7 @@ def train(
     """Prune and tune `sources` of `model` on `windows` (n, length) of token ids; the model is left as it was.
 
     `starts` lie on the model's device. `adapt_whole` lets the adapters of units that stay whole take part. `state` is the
-    file that the run is resumed from. Raises CalibrationError when the stop ratio is not reached in twice the steps.
+    file that the run is resumed from. Raises CalibrationError when the stop ratio is not reached in four times the steps.
     """
     check_reachable([(source.unit.rows, source.unit.cols) for source in sources], settings)
     batches = _Batches(windows, settings.step_tokens, seed)
