@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager import __version__
 from packager.errors import PackagerError
+from packager.profile import PROVIDERS
 
 if TYPE_CHECKING:
     from packager.plan import LoadedMap, Request
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, a .gguf file, or 'demo'")
     score.add_argument("-o", "--output", type=Path, required=True, metavar="MAP", help="folder to write")
     _scoring(score)
+    score.add_argument("--provider", choices=PROVIDERS, default="cpu", help="execution provider of the profiles that the map is for (default: cpu)")
     score.add_argument("--force", action="store_true", help="replace an existing map")
 
     plan = _verb(
@@ -211,7 +213,7 @@ def _score(arguments: argparse.Namespace) -> int:
         done = score_model(
             open_checkpoint(arguments.model),
             arguments.output,
-            _settings(arguments, "cpu", float_only=False),
+            _settings(arguments, arguments.provider, float_only=False),
             calibration_paths=arguments.calibration,
             device=arguments.device,
             force=arguments.force,

@@ -7,12 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Pico, make_tokenizer, random_model
 from test_cli import Stop, least_budget, names, packager_, profile, succeed  # noqa: F401  the fixture `profile` is used by name
 
 from packager.bars import Bars
+from packager.bundle import GRAPH_FILE, open_bundle
 from packager.forms import FloatForm, LowRankForm, PivotForm, parse_form
+from packager.losses import token_losses
+from packager.profile import profile_folder
+from packager.reference import load_reference
+from packager.runtime import full_logits_session, run_window
 from packager.scoremap import read_map
 
 ACIP = ["--method", "acip", "--acip-steps", 24, "--acip-tokens", 96, "--acip-tuning", 4, "--acip-rank", 2, "--acip-rate", 5e-4]
@@ -77,6 +83,26 @@ def test_pack_scores_for_the_kernels_of_the_profile(picos: Callable[[str], Pico]
     succeed(*arguments, "-o", tmp_path / "out.bundle", "--no-validate")
     identity = json.loads((tmp_path / "pico-llama.map" / "map.json").read_text())
     assert identity["settings"]["float_only"] is True
+
+
+@pytest.mark.parametrize("provider", ["dml", "cuda"])
+def test_an_accelerator_of_float16_alone_gets_low_rank_in_float16(provider: str, wide: Path, calibration_text: Path, tmp_path: Path) -> None:
+    """The graph is the accelerator's; what it computes is checked here, where the runtime puts casts around what it has no kernels for."""
+    device, folder, out = tmp_path / "float16.toml", tmp_path / "float16.map", tmp_path / "out.bundle"
+    text = (profile_folder() / "float16-accelerator.toml").read_text().replace('"dml"', f'"{provider}"').replace("tokens = 2048", "tokens = 512")
+    device.write_text(text + "session_bytes_per_node = 0\n")
+    score = ["score", wide, "--calibration", calibration_text, "--tokens", 2048, "--quick", "--float-only", "--provider", provider]
+    succeed(*score, "-o", folder)
+    budget = least_budget(folder, device) + 100_000
+    plan = succeed("build", folder, "--profile", device, "--budget", budget, "-o", out, "--no-validate", "--json").json["plan"]
+    assert {label.rpartition(".")[2] for label in plan["choices"].values()} == {"f16"}
+    assert any(label.startswith("p") for label in plan["choices"].values())
+    torch_side = load_reference(out, open_bundle(out))
+    window = torch_side.heldout[0]
+    expected, _ = token_losses(torch_side.model, window)
+    found = run_window(full_logits_session(out / GRAPH_FILE, threads=1), window.numpy())
+    # Float16 carries eleven bits; the model's own spread is what an error is held against.
+    assert np.abs(found.astype(np.float32) - expected.numpy()).max() < 0.05 * float(expected.std())
 
 
 def test_acip_from_model_to_valid_bundle(picos: Callable[[str], Pico], calibration_text: Path, float_profile: Path, tmp_path: Path) -> None:
