@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens (default: 8192)")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--parameters", type=float, nargs="+", default=[0.9, 0.8, 0.6], help="shares of the layers' elements")
-    parser.add_argument("--bytes", type=float, nargs="+", default=[0.9, 0.75, 0.6], help="shares of the layers' bytes, all whole at 4 bits")
+    parser.add_argument("--bytes", type=float, nargs="+", default=[0.75, 0.6], help="shares of the layers' bytes, all whole at 4 bits")
     parser.add_argument("--acip-basis", nargs="+", choices=BASES, default=["weights"], help="as published: weights")
     parser.add_argument("--acip-steps", type=int, default=QUICK_ACIP.steps, help=f"published 2,000 or so (default: {QUICK_ACIP.steps})")
     parser.add_argument("--acip-tokens", type=int, default=QUICK_ACIP.step_tokens, help=f"published 4,096 (default: {QUICK_ACIP.step_tokens})")
