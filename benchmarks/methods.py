@@ -37,7 +37,7 @@ from packager.scoring.calibration import load_calibration
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.factored import low_rank, pivoted, stored
 from packager.scoring.lowrank import Spectrum, decompose
-from packager.scoring.rounding import inverse_factor
+from packager.scoring.rounding import Feedback, feedback
 from packager.scoring.sources import Source, find_sources
 from packager.solver import solve, total_bytes
 
@@ -108,10 +108,10 @@ def chosen(units: Sequence[Unit], options: Sequence[Sequence[Option]], limit: in
 
 
 @torch.no_grad()
-def made(method: Method, weights: torch.Tensor, hessian: torch.Tensor, unit: Unit, form: Form) -> torch.Tensor:
+def made(method: Method, weights: torch.Tensor, spread: Feedback, unit: Unit, form: Form) -> torch.Tensor:
     """The matrix that a unit in `form` multiplies by."""
     if isinstance(form, FloatForm | BlockForm):
-        return stored(weights, form, hessian)[0]
+        return stored(weights, form, spread)[0]
     assert isinstance(form, LowRankForm | PivotForm)
     pair = method.pair(unit.name, form.rank)
     product = pair.left @ pair.right
@@ -119,7 +119,7 @@ def made(method: Method, weights: torch.Tensor, hessian: torch.Tensor, unit: Uni
         return product
     target = weights if method.refitted else product
     make: Any = pivoted if isinstance(form, PivotForm) else low_rank
-    values: torch.Tensor = make(target, pair, form, hessian, inverse_factor(hessian))[0]
+    values: torch.Tensor = make(target, pair, form, spread)[0]
     return values
 
 
@@ -218,6 +218,7 @@ def main() -> None:
     with Bars() as bars:
         bars.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
         curvature = collect(model, sources, calibration.windows, seed=0, batch=1, sampled=False, progress=lambda count: bars.advance())
+        spreads = {name: feedback(item.rounding) for name, item in curvature.items()}
         ways = methods(arguments, model, sources, curvature, calibration.windows, bars)
         tables: dict[str, list[list[str]]] = {"parameters": [], "bytes": []}
         data: list[dict[str, Any]] = []
@@ -241,8 +242,7 @@ def main() -> None:
 
                     def weights(source: Source, way: Method = way, taken: dict[str, Option] | None = taken) -> torch.Tensor:
                         assert taken is not None
-                        unit, hessian = source.unit, curvature[source.unit.name].pairs[0][0]
-                        return made(way, source.weight(model), hessian, unit, taken[unit.name].form)
+                        return made(way, source.weight(model), spreads[source.unit.name], source.unit, taken[source.unit.name].form)
 
                     cells.append(measured(way.name, budget, share, taken, weights))
                 tables[budget].append([way.name, *cells])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import packager.scoring.acip as acip
 from packager.errors import CalibrationError, UsageError
-from packager.forms import FloatForm, LowRankForm
+from packager.forms import BLOCKS, FloatForm, LowRankForm
 from packager.graph.packing import dequantize
 from packager.progress import Silent
 from packager.scoremap import Option, Unit, make_map
@@ -280,6 +280,10 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
 # From the order to options
 
 
+def curvature_of(hessian: Tensor, gradient: Tensor) -> Curvature:
+    return Curvature(pairs=((hessian, gradient),), rounding=hessian, noise=torch.zeros(len(BLOCKS), len(hessian)))
+
+
 def outcome_of(case: Case, tmp_path: Path) -> Outcome:
     return run(case, tmp_path, dataclasses.replace(SETTINGS, tuning_steps=2))
 
@@ -327,8 +331,6 @@ def test_the_adapter_is_taken_with_the_distance_pruned(case: Case, tmp_path: Pat
         assert bool((np.diff(ranking.strength) <= 0).all())
         assert bool((np.diff(ranking.nats) < 0).all())
         alive = int((fate.pruned == OPEN).sum())
-        assert ranking.strength[0] == 1.0
-        assert ranking.strength[alive] <= 1.0
         assert set(ranking.directions[:alive].tolist()) == set(np.flatnonzero(fate.pruned == OPEN).tolist())
         assert bool((ranking.strength[:alive] == 1.0).all())
 
@@ -343,7 +345,7 @@ def test_prices_at_the_stop_are_what_the_curvature_says(case: Case, tmp_path: Pa
 @pytest.mark.parametrize("basis", ["curvature", "weights"])
 def test_costs_of_a_start_are_prices(basis: str) -> None:
     weights, hessian, gradient = weights_of(12, 20), correlated(20, 1), correlated(12, 2)
-    start = start_of(weights, Curvature(pairs=((hessian, gradient),)), basis)
+    start = start_of(weights, curvature_of(hessian, gradient), basis)
     torch.testing.assert_close(start.left @ start.right * SCALE, weights, atol=1e-4, rtol=1e-4)
     if basis == "curvature":  # whose moments are damped
         hessian, gradient = (moment + 1e-3 * moment.diagonal().mean() * torch.eye(len(moment)) for moment in (hessian, gradient))
@@ -354,7 +356,7 @@ def test_costs_of_a_start_are_prices(basis: str) -> None:
 
 @pytest.mark.parametrize(("kept", "rank", "strength"), [(0, 4, 1.0), (5, 3, 0.5), (9, 2, 0.0)])
 def test_folding_gives_the_same_matrix_in_one_pair(kept: int, rank: int, strength: float) -> None:
-    start = start_of(weights_of(16, 24), Curvature(pairs=((correlated(24, 1), correlated(16, 2)),)), "curvature")
+    start = start_of(weights_of(16, 24), curvature_of(correlated(24, 1), correlated(16, 2)), "curvature")
     adapter = Adapter(up=weights_of(16, rank, 3), down=weights_of(rank, 24, 4))
     directions = np.random.default_rng(0).permutation(16)[:kept]
     pair = folded(start, directions, adapter, strength)
@@ -368,7 +370,7 @@ def test_folding_gives_the_same_matrix_in_one_pair(kept: int, rank: int, strengt
 @pytest.mark.parametrize("shape", [(128, 96), (160, 160), (40, 24)])
 def test_every_ranked_option_has_its_bytes_and_beats_the_matrix(low_bit: bool, shape: tuple[int, int]) -> None:
     unit = Unit(name="some", kind="linear", rows=shape[0], cols=shape[1], matrix="some")
-    weights, curvature = weights_of(*shape), Curvature(pairs=((correlated(shape[1], 1), correlated(shape[0], 2)),))
+    weights, curvature = weights_of(*shape), curvature_of(correlated(shape[1], 1), correlated(shape[0], 2))
     start, count = start_of(weights, curvature, "curvature"), min(shape)
     adapter = Adapter(up=0.01 * weights_of(shape[0], 2, 3), down=weights_of(2, shape[1], 4))
     mask = np.linspace(0.005, -0.02, count, dtype=np.float32)
@@ -403,7 +405,7 @@ def test_options_are_of_the_devices_kernels(case: Case, tmp_path: Path) -> None:
     outcome = outcome_of(case, tmp_path)
     rankings = rank_units(outcome, costs_of(case), SETTINGS)
     source = case.sources[0]
-    curvature = Curvature(pairs=((correlated(64, 1), correlated(64, 2)),))
+    curvature = curvature_of(correlated(64, 1), correlated(64, 2))
     name, weights = source.unit.name, source.weight(case.model)
 
     def labels(kernels: Kernels) -> set[str]:
