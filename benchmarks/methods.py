@@ -136,6 +136,27 @@ def rise_with(model: Any, sources: Sequence[Source], weights: Callable[[Source],
             source.weight(model).copy_(tensor)
 
 
+@torch.no_grad()
+def input_moments(model: Any, sources: Sequence[Source], windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """E[x xᵀ] of each unit's inputs, every token alike: what is known without gradients."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0].flatten(0, -2).float()
+            sums[name] = sums[name].addmm_(rows.T, rows) if name in sums else rows.T @ rows
+
+        return add
+
+    names = dict.fromkeys(source.module for source in sources)
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    for window in windows:
+        model(input_ids=window[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {source.unit.name: sums[source.module] / windows.numel() for source in sources}
+
+
 def from_store(folder: Path, unit: Unit, form: Form) -> torch.Tensor:
     """A unit's weights as a map's store holds them."""
     with safe_open(folder / STORE_FILE, framework="numpy") as file:
@@ -171,11 +192,12 @@ def methods(
         found.append(acip_method(f"ACIP from the {basis} ({steps}, adapters of {settings.adapter_rank})", starts, rankings, settings.adapter_rank))
     bars.phase("taking layers apart", 2 * len(sources))
     spectra: dict[str, dict[str, Spectrum]] = {"h": {}, "gh": {}}
+    moments = input_moments(model, sources, windows)
     for source in sources:
-        ((hessian, gradient),) = curvature[source.unit.name].pairs
-        for kind, outer in (("h", torch.eye(len(gradient))), ("gh", gradient)):
-            spectra[kind][source.unit.name] = decompose(source.weight(model), hessian, outer)
-            bars.advance()
+        name, weights = source.unit.name, source.weight(model)
+        spectra["h"][name] = decompose(weights, moments.pop(name), torch.eye(len(weights)))
+        spectra["gh"][name] = decompose(weights, *curvature[name].pairs[0])
+        bars.advance(2)
     found.append(factored_method("low rank whitened by H, pairs", spectra["h"]))
     found.append(factored_method("low rank under G and H, pairs", spectra["gh"]))
     found.append(factored_method("low rank under G and H, pivots", spectra["gh"], pivot=True))
