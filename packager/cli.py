@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.verb(arguments))
     except PackagerError as error:
         if getattr(arguments, "json", False):
-            detail = {key: value for key, value in vars(error).items() if isinstance(value, int)}
+            detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
             print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
         print(f"packager: {error}", file=sys.stderr)
         return error.exit_code
@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         _plan,
         "choose the largest model that fits; needs no model and no runtime",
-        "packager plan smol.map --profile edge-box-256mb\n  packager plan smol.map --profile laptop-16gb --budget 10% --json",
+        "packager plan smol.map --profile edge-box-256mb\n"
+        "  packager plan smol.map --profile laptop-16gb --budget 10% --json\n"
+        "  packager plan smol.map --profile laptop-16gb --budget 300MiB --context auto",
     )
     plan.add_argument("map", type=Path, metavar="MAP")
     _target(plan)
@@ -147,7 +149,17 @@ def _verb(verbs: Any, name: str, function: Any, text: str, examples: str) -> arg
 def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", required=True, metavar="P", help="a device profile's name or a TOML file")
     parser.add_argument("--budget", metavar="SIZE", help="memory for the whole process: bytes, 1.5GiB, or 60%% of the device's (default: the profile's)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens the bundle is bounded to, prompt and answer together (default: the profile's)")
+    parser.add_argument(
+        "--context",
+        type=_context,
+        metavar="N",
+        help="tokens the bundle is bounded to, prompt and answer together (default: the profile's); "
+        "'auto': the profile's minimum, and beyond it what costs no quality",
+    )
+
+
+def _context(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
 
 
 def _scoring(parser: argparse.ArgumentParser) -> None:
@@ -219,11 +231,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     from packager import text
     from packager.files import dump_json, write_text
 
-    loaded = _load(arguments.map)
-    plan = _request(arguments).plan(loaded)
+    loaded, request = _load(arguments.map), _request(arguments)
+    frontier = request.frontier(loaded) if arguments.context == "auto" else ()
+    plan = frontier[0] if frontier else request.plan(loaded)
     if arguments.output:
         write_text(arguments.output, dump_json(plan.to_dict()))
-    print(dump_json(plan.to_dict()) if arguments.json else text.plan_text(plan))
+    if arguments.json:
+        print(dump_json(plan.to_dict() | ({"frontier": text.frontier_dicts(frontier)} if frontier else {})))
+    else:
+        print("\n".join([text.plan_text(plan), *([text.frontier_text(frontier)] if frontier else [])]))
     return 0
 
 

@@ -46,7 +46,7 @@ class MemoryCoefficients:
 class DeviceProfile:
     """A target device. Bytes are bytes, `context_tokens` counts prompt and answer together, `toml` is the file's text.
 
-    `threads` 0 leaves their number to the runtime.
+    `minimum_context_tokens` is what `--context auto` gives at least. `threads` 0 leaves their number to the runtime.
     """
 
     name: str
@@ -57,6 +57,7 @@ class DeviceProfile:
     bits: tuple[int, ...]
     accuracy_level: int
     context_tokens: int
+    minimum_context_tokens: int
     chunk_tokens: int
     threads: int
     coefficients: MemoryCoefficients
@@ -102,11 +103,12 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
         raise ProfileError(f"{where}: not valid TOML: {error}") from error
     device = _section(table, "device", where, {"description", "memory", "budget", "threads"})
     runtime = _section(table, "runtime", where, {"provider", "bits", "accuracy_level", "chunk_tokens"})
-    context = _section(table, "context", where, {"tokens"})
+    context = _section(table, "context", where, {"tokens", "minimum"})
     memory = _section(table, "memory", where, set(get_type_hints(MemoryCoefficients)), optional=True)
     if unknown := set(table) - {"device", "runtime", "context", "memory"}:
         raise ProfileError(f"{where}: unknown section [{sorted(unknown)[0]}]: expected [device], [runtime], [context], [memory]")
     memory_bytes = _size(device, "memory", where, of_bytes=None)
+    context_tokens = _typed(context, "tokens", int, where)
     profile = DeviceProfile(
         name=name,
         description=_typed(device, "description", str, where, default=""),
@@ -115,7 +117,8 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
         provider=_typed(runtime, "provider", str, where, default="cpu"),
         bits=tuple(_typed(runtime, "bits", list, where, default=[2, 4, 8])),
         accuracy_level=_typed(runtime, "accuracy_level", int, where, default=4),
-        context_tokens=_typed(context, "tokens", int, where),
+        context_tokens=context_tokens,
+        minimum_context_tokens=_typed(context, "minimum", int, where, default=context_tokens),
         chunk_tokens=_typed(runtime, "chunk_tokens", int, where, default=128),
         threads=_typed(device, "threads", int, where, default=0),
         coefficients=_coefficients(memory, where),
@@ -136,12 +139,15 @@ def _check(profile: DeviceProfile, where: str) -> None:
         raise ProfileError(f"{where}: runtime.accuracy_level {profile.accuracy_level}: expected 0 to 4")
     bounded = (
         ("context.tokens", profile.context_tokens, 33),
+        ("context.minimum", profile.minimum_context_tokens, 33),
         ("runtime.chunk_tokens", profile.chunk_tokens, 1),
         ("device.threads", profile.threads, 0),
     )
     for key, value, least in bounded:
         if value < least:
             raise ProfileError(f"{where}: {key} {value}: expected at least {least}")
+    if profile.minimum_context_tokens > profile.context_tokens:
+        raise ProfileError(f"{where}: context.minimum {profile.minimum_context_tokens} is more than context.tokens {profile.context_tokens}")
 
 
 def _section(table: dict[str, Any], key: str, where: str, known: set[str], *, optional: bool = False) -> dict[str, Any]:

@@ -49,6 +49,22 @@ def score_text(identity: MapIdentity, nats_per_byte: float, seconds: Mapping[str
     return "\n".join(lines)
 
 
+def frontier_dicts(frontier: Sequence[Plan]) -> list[dict[str, Any]]:
+    """What each plan of a frontier trades, as plain data."""
+    keys = ("context_tokens", "file_bytes", "ratio", "loss_nats", "peak_bytes")
+    return [{key: getattr(plan, key) for key in keys} for plan in frontier]
+
+
+def frontier_text(frontier: Sequence[Plan]) -> str:
+    """Context against weights within one budget, the plan that is taken marked."""
+    lines = [f"context against weights within {format_size(frontier[0].budget_bytes)} ('--context N' takes another row)"]
+    lines.append(f"  {'context':>9} {'weights':>10} {'ratio':>7} {'loss, nats':>11} {'peak':>10}")
+    for plan in frontier:
+        row = f"  {plan.context_tokens:>9} {format_size(plan.file_bytes):>10} {plan.ratio:>7.1%} {plan.loss_nats:>+11.4f} {format_size(plan.peak_bytes):>10}"
+        lines.append(row + ("  taken" if plan is frontier[0] else ""))
+    return "\n".join(lines)
+
+
 def forms_text(labels: Any) -> str:
     """How many units take each form, the commonest first."""
     return ", ".join(f"{count} × {label}" for label, count in Counter(labels).most_common())

@@ -35,6 +35,8 @@ LIGHT = [
     "curve",
     "sweep",
     "plot",
+    "contexts",
+    "shortfall",
     "cli",
 ]
 BANDS = [
@@ -42,7 +44,7 @@ BANDS = [
     ["sizes", "files", "progress", "records"],
     ["forms", "store", "profile"],
     ["memory", "scoremap"],
-    ["solver", "curve"],
+    ["solver", "curve", "contexts", "shortfall"],
     ["identity"],
     ["manifest", "plan"],
     ["sweep"],

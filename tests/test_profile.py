@@ -51,6 +51,8 @@ def test_defaults() -> None:
     profile = parse(GOOD)
     assert (profile.memory_bytes, profile.budget_bytes, profile.context_tokens) == (256 * 2**20, 128 * 2**20, 512)
     assert (profile.provider, profile.bits, profile.accuracy_level, profile.chunk_tokens, profile.threads) == ("cpu", (2, 4, 8), 4, 128, 0)
+    assert profile.minimum_context_tokens == 512
+    assert parse(GOOD + "minimum = 256\n").minimum_context_tokens == 256
     assert profile.coefficients == MemoryCoefficients()
     assert profile.toml == GOOD
 
@@ -99,6 +101,8 @@ def test_malformed_toml_is_located() -> None:
         ("[runtime]", "", "section [runtime] is missing"),
         ("tokens = 512", "", "key 'tokens' is missing"),
         pytest.param("tokens = 512", "tokens = 16", "context.tokens 16: expected at least 33", id="a context too short"),
+        pytest.param("tokens = 512", "tokens = 512\nminimum = 16", "context.minimum 16: expected at least 33", id="a minimum too short"),
+        ("tokens = 512", "tokens = 512\nminimum = 513", "context.minimum 513 is more than context.tokens 512"),
         ("tokens = 512", 'tokens = "512"', "tokens is '512': expected int"),
         ("tokens = 512", "tokens = true", "tokens is True: expected int"),
         (

@@ -261,6 +261,50 @@ def test_an_infeasible_budget_is_4_and_says_the_minimum(maps: Callable[[str], Pa
     assert packager_("plan", maps("llama"), "--profile", profile, "--budget", minimum - 1).code == 4
 
 
+def test_what_would_fit_is_said_and_fits(maps: Callable[[str], Path], profile: Path) -> None:
+    long = least_budget(maps("llama"), profile, "--context", 1024)
+    command = ["plan", maps("llama"), "--profile", profile, "--budget", long - 50_000]
+    done = packager_(*command, "--context", 1024)
+    assert done.code == 4
+    assert "what would fit:" in done.err
+    found = next(line.split()[1] for line in done.err.splitlines() if line.startswith("  --context "))
+    assert packager_(*command, "--context", found).code == 0
+    assert packager_(*command, "--context", int(found) + 1).code == 4
+    detail = packager_(*command, "--context", 1024, "--json").json["shortfall"]
+    assert sum(term["beyond_bytes"] for term in detail["terms"]) == 50_000
+
+
+@pytest.mark.parametrize("size", ["1100MB", "1.5GiB", "2GB", 2**30 + 1])
+def test_a_budget_above_the_device_s_memory_is_a_usage_error(maps: Callable[[str], Path], profile: Path, size: object) -> None:
+    done = packager_("plan", maps("llama"), "--profile", profile, "--budget", size)
+    assert done.code == 2
+    assert done.err.endswith(" is more than the 1.0 GiB that pico-box has\n")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"), [("600MB", 600_000_000), ("600 MiB", 600 * 2**20), ("1GB", 10**9), ("0.75GiB", 3 * 2**28), ("60%", 2**30 * 6 // 10)]
+)
+def test_sizes_of_a_budget(maps: Callable[[str], Path], profile: Path, size: str, bytes_: int) -> None:
+    assert succeed("plan", maps("llama"), "--profile", profile, "--budget", size, "--json").json["budget_bytes"] == bytes_
+
+
+def test_context_auto_offers_a_frontier_and_builds_its_first(maps: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "box.toml"
+    path.write_text(PROFILE.replace("tokens = 512", "tokens = 512\nminimum = 128"))
+    auto = ["--profile", path, "--context", "auto", "--budget", least_budget(maps("llama"), path, "--context", 128) + 60_000]
+    done = succeed("plan", maps("llama"), *auto, "--json", "-o", tmp_path / "plan.json").json
+    frontier = done["frontier"]
+    assert len(frontier) > 2
+    assert {key: done[key] for key in frontier[0]} == frontier[0]
+    assert done["context_tokens"] == 128
+    text = succeed("plan", maps("llama"), *auto).out.splitlines()
+    assert [line.split()[0] for line in text[-len(frontier) :]] == [str(row["context_tokens"]) for row in frontier]
+    assert [line.endswith("  taken") for line in text[-len(frontier) :]] == [True] + [False] * (len(frontier) - 1)
+    built = succeed("build", maps("llama"), *auto, "-o", tmp_path / "out.bundle", "--no-validate", "--json").json
+    assert built["plan"] == {key: value for key, value in done.items() if key != "frontier"} == json.loads((tmp_path / "plan.json").read_text())
+
+
 @pytest.mark.parametrize("context", [0, 32, 1025, -5])
 def test_a_context_the_model_does_not_have_is_a_usage_error(maps: Callable[[str], Path], profile: Path, context: int) -> None:
     done = packager_("plan", maps("llama"), "--profile", profile, "--context", context)
