@@ -118,7 +118,7 @@ def report_text(report: ValidationReport) -> str:
     lines = _table(rows)
     for number, item in enumerate(report.rounds, 1):
         predicted, measured, weights = (format_size(item[key]) for key in ("predicted_bytes", "measured_bytes", "file_bytes"))
-        lines.append(f"round {number}: predicted {predicted}, measured {measured}, weights {weights}")
+        lines.append(f"round {number}: predicted {predicted}, {f'measured {measured}' if item['measured_bytes'] else 'the run failed'}, weights {weights}")
     if not report.enforced_by:
         lines.append("memory limit: not enforced, this system offers no cgroup to this user")
     if report.answer:

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import packager.graph.surgery
 import packager.store
 from packager.bars import Bars
 from packager.cli import main
+from packager.limits import run_limited
 from packager.scoremap import read_map
 from packager.store import read_header
 
@@ -505,6 +507,68 @@ def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
     assert done.code == 3, done.err
     failed = [check["name"] for check in done.json["checks"] if check["passed"] is False]
     assert failed == ["divergence of the next token from the reference, worst prompt"]
+
+
+# A limit, and a runtime that fails
+
+
+def with_budget(bundle: Path, budget: int) -> Path:
+    edited(lambda manifest: manifest["bounds"].update(budget_bytes=budget), bundle / "packager.json")
+    resign(bundle)
+    return bundle
+
+
+def acceptance(done: Done) -> Any:
+    return next(check for check in done.json["checks"] if check["name"] == "acceptance test on the runtime")
+
+
+def test_without_cgroups_the_limit_is_not_enforced_and_the_report_says_so(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("packager.limits._ROOT", tmp_path / "nowhere")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    done = succeed("validate", bundle_copy, "--json")
+    assert done.json["enforced_by"] is None
+    assert next(check["value"] for check in done.json["checks"] if check["name"] == "hard limit during the test") == "not enforced"
+    assert "memory limit: not enforced, this system offers no cgroup to this user" in succeed("validate", bundle_copy).out
+
+
+@pytest.mark.skipif(run_limited(["true"], 2**30).enforced is None, reason="this system offers no memory limit to this user")
+def test_a_limit_that_kills_is_reported_with_the_phase_reached(bundle_copy: Path) -> None:
+    done = packager_("validate", with_budget(bundle_copy, 24 * 2**20), "--json")
+    assert done.code == 3, done.err
+    assert re.fullmatch(
+        r"was killed at the memory limit \((cgroup v2|cgroup v1|systemd scope)\) in phase '(start|hashes|import|load)'", acceptance(done)["value"]
+    )
+    assert done.json["measured"]["heldout_nats"] > 0  # what the runtime computes is still known
+    assert "NOT VALID" in packager_("validate", bundle_copy).out
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        pytest.param("import os; os.kill(os.getpid(), 11)", "crashed (SIGSEGV) in phase 'load'", id="crash"),
+        pytest.param("raise SystemExit('no such operator')", "ended with status 1 in phase 'load': no such operator", id="refusal"),
+    ],
+)
+def test_a_runtime_that_fails_is_a_row_of_the_report(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, ending: str, expected: str) -> None:
+    """And is not let into this process."""
+    code = f"import sys; print('phase: load', file=sys.stderr, flush=True); {ending}"
+    monkeypatch.setattr("packager.validate.run_limited", lambda command, limit: run_limited([sys.executable, "-c", code], limit))
+    monkeypatch.setattr("packager.runtime.full_logits_session", Stop(1, AssertionError("the runtime was let in")))
+    done = packager_("validate", bundle_copy, "--json")
+    assert done.code == 3, done.err
+    assert acceptance(done)["value"] == expected
+    assert {check["passed"] for check in done.json["checks"]} == {False, None}
+
+
+def test_a_build_whose_runtime_crashes_is_published_as_not_valid(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packager.validate.run_limited", lambda command, limit: run_limited([sys.executable, "-c", "import os; os.abort()"], limit))
+    done = packager_("build", maps("llama"), "--profile", profile, "-o", tmp_path / "out.bundle")
+    assert done.code == 3
+    assert "crashed (SIGABRT) in phase 'start'" in done.out
+    assert "round 1: predicted " in done.out
+    assert ", the run failed, weights " in done.out
 
 
 @pytest.mark.parametrize(
