@@ -131,9 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _verb(verbs, "inspect", _inspect, "say what a map, plan or bundle holds", "packager inspect smol.map\n  packager inspect box.bundle --json")
     inspect.add_argument("path", type=Path, metavar="PATH")
 
-    profiles = _verb(verbs, "profiles", _profiles, "list the device profiles, or show one", "packager profiles\n  packager profiles show edge-box-256mb")
-    profiles.add_argument("action", nargs="?", choices=["show"], help="show one profile")
-    profiles.add_argument("name", nargs="?", metavar="NAME", help="a profile's name or a TOML file")
+    profiles = _verb(
+        verbs,
+        "profiles",
+        _profiles,
+        "list the device profiles, show one, or measure this machine's memory coefficients into one",
+        "packager profiles\n  packager profiles show edge-box-256mb\n  packager profiles calibrate --base raspberry-pi-5-8gb -o my-pi.toml",
+    )
+    profiles.add_argument("action", nargs="?", choices=["show", "calibrate"], help="show one profile, or calibrate one on this machine (a minute or two)")
+    profiles.add_argument("name", nargs="?", metavar="NAME", help="show: a profile's name or a TOML file")
+    profiles.add_argument("--base", metavar="NAME", help="calibrate: the profile whose other values are taken")
+    profiles.add_argument("-o", "--output", type=Path, metavar="FILE", help="calibrate: the .toml file to write")
+    profiles.add_argument("--force", action="store_true", help="calibrate: replace an existing file")
     return parser
 
 
@@ -328,14 +337,40 @@ def _profiles(arguments: argparse.Namespace) -> int:
     from packager.files import dump_json
     from packager.profile import load_profile, shipped_profiles
 
+    if arguments.action == "calibrate":
+        return _calibrate(arguments)
     if arguments.action == "show":
         if not arguments.name:
             raise UsageError("profiles show: which one? 'packager profiles' lists them")
         profile = load_profile(arguments.name)
-        print(dump_json(text.profile_dict(profile)) if arguments.json else profile.toml.rstrip())
+        print(dump_json(text.profile_dict(profile)) if arguments.json else text.profile_text(profile))
         return 0
     known = [load_profile(name) for name in shipped_profiles()]
     print(dump_json({"profiles": [text.profile_dict(profile) for profile in known]}) if arguments.json else text.profiles_text(known))
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from packager import text
+    from packager.errors import ArtifactError, UsageError
+    from packager.files import dump_json, write_text
+    from packager.profile import load_profile, with_memory
+
+    out: Path | None = arguments.output
+    if not arguments.base or out is None or out.suffix != ".toml":
+        raise UsageError("profiles calibrate: expected --base NAME and -o FILE.toml")
+    base = load_profile(arguments.base)
+    if out.exists() and not arguments.force:
+        raise ArtifactError(f"{out} exists already: choose another name, or pass --force to replace it")
+    from packager.calibrate import calibrate
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        found = calibrate(base, out.parent, progress)
+    write_text(out, with_memory(base, found.section()))
+    print(dump_json(found.to_dict() | {"profile": str(out)}) if arguments.json else text.calibration_text(found))
+    if not arguments.json:
+        print(f"profile: {out}")
     return 0
 
 

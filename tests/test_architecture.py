@@ -37,6 +37,9 @@ LIGHT = [
     "plot",
     "contexts",
     "shortfall",
+    "coefficients",
+    "device_check",
+    "memory_probe",
     "cli",
 ]
 BANDS = [
@@ -44,7 +47,7 @@ BANDS = [
     ["sizes", "files", "progress", "records"],
     ["forms", "store", "profile"],
     ["memory", "scoremap"],
-    ["solver", "curve", "contexts", "shortfall"],
+    ["solver", "curve", "contexts", "shortfall", "coefficients"],
     ["identity"],
     ["manifest", "plan"],
     ["sweep"],
