@@ -31,7 +31,7 @@ from packager.progress import Progress
 from packager.samples import Case, Sample, make_config, make_sample, workload, write_sample
 
 _LEAST_READINGS = 6
-_FAULT_TOUCHES = 128
+_FAULT_TOUCHES = 256
 _FAULT_DISTANCE = 1 << 18
 
 
@@ -241,14 +241,17 @@ def read_process(sample: Sample, case: Case, bundle: Path) -> Reading | str:
 
 def _fault_bytes(folder: Path) -> int | None:
     """Bytes that touching one byte of a mapped file makes resident, on average; None where file pages are not counted."""
+    found = 0
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(_FAULT_TOUCHES * _FAULT_DISTANCE))
         file.flush()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            before = memory()["mapped_bytes"]
-            touched = len(mapped[::_FAULT_DISTANCE])
-            found = (memory()["mapped_bytes"] - before) // touched
-    return found if found >= mmap.PAGESIZE else None
+        # The first time brings in pages of this program as well.
+        for _ in range(2):
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                before = memory()["mapped_bytes"]
+                touched = len(mapped[::_FAULT_DISTANCE])
+                found = round((memory()["mapped_bytes"] - before) / touched / mmap.PAGESIZE) * mmap.PAGESIZE
+    return found or None
 
 
 def _machine() -> str:
