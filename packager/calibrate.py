@@ -8,9 +8,11 @@ large and small blocks, a large vocabulary with and without a large tokenizer.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import mmap
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -31,7 +33,7 @@ from packager.progress import Progress
 from packager.samples import Case, Sample, make_config, make_sample, workload, write_sample
 
 _LEAST_READINGS = 6
-_FAULT_TOUCHES = 256
+_FAULT_TOUCHES = 64
 _FAULT_DISTANCE = 1 << 18
 
 
@@ -240,18 +242,25 @@ def read_process(sample: Sample, case: Case, bundle: Path) -> Reading | str:
 
 
 def _fault_bytes(folder: Path) -> int | None:
-    """Bytes that touching one byte of a mapped file makes resident, on average; None where file pages are not counted."""
-    found = 0
-    with tempfile.TemporaryFile(dir=folder) as file:
+    """Bytes that touching one byte of a mapped file makes resident; None where the system does not tell.
+
+    The least of many touches: where the page cache happens to hold a huge page, one touch maps all of it.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(bytes(_FAULT_TOUCHES * _FAULT_DISTANCE))
         file.flush()
-        # The first time brings in pages of this program as well.
-        for _ in range(2):
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                before = memory()["mapped_bytes"]
-                touched = len(mapped[::_FAULT_DISTANCE])
-                found = round((memory()["mapped_bytes"] - before) / touched / mmap.PAGESIZE) * mmap.PAGESIZE
-    return found or None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            resident = [0]
+            for at in range(0, len(mapped), _FAULT_DISTANCE):
+                mapped.seek(at)
+                mapped.read_byte()
+                try:
+                    own = Path("/proc/self/smaps").read_text().partition(Path(file.name).name)[2]
+                except OSError:
+                    return None
+                found = re.search(r"^Rss: +(\d+) kB", own, re.MULTILINE)
+                resident.append(int(found[1]) * 1024 if found else 0)
+    return min((after - before for before, after in itertools.pairwise(resident) if after > before), default=None)
 
 
 def _machine() -> str:

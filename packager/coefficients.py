@@ -129,7 +129,8 @@ def fit(readings: Sequence[Reading], base: MemoryCoefficients, fault_bytes: int 
     def take(new: Mapping[str, Finding]) -> None:
         nonlocal found
         findings.update(new)
-        found = dataclasses.replace(found, **{name: type(getattr(base, name))(round(item.value, 3)) for name, item in new.items() if not item.kept})
+        whole = {name for name in new if isinstance(getattr(base, name), int)}
+        found = dataclasses.replace(found, **{name: round(item.value, None if name in whole else 3) for name, item in new.items() if not item.kept})  # type: ignore[arg-type]
 
     def column(values: Sequence[float]) -> NDArray[np.float64]:
         return np.array(values, np.float64)
@@ -163,10 +164,10 @@ def fit(readings: Sequence[Reading], base: MemoryCoefficients, fault_bytes: int 
     reuse = running["reuse_ratio"]
     take(running | {"reuse_ratio": dataclasses.replace(reuse, value=min(1.0, reuse.value))})
 
-    if fault_bytes:
-        take({"fault_bytes": Finding(name="fault_bytes", value=fault_bytes, default=base.fault_bytes)})
+    if fault_bytes is None:
+        take({"fault_bytes": _keep("fault_bytes", base, "this system does not tell")})
     else:
-        take({"fault_bytes": _keep("fault_bytes", base, "file pages are not counted here")})
+        take({"fault_bytes": _believed(Finding(name="fault_bytes", value=fault_bytes, default=base.fault_bytes), base)})
     rest = dataclasses.replace(found, process_load_bytes=0, process_bytes=0)
     phases = [{phase.name: phase.bytes for phase in item.workload.estimate(rest).phases} for item in readings]
     loads = [item.load.peak_bytes - phase["load"] for item, phase in zip(readings, phases, strict=True)]
@@ -191,19 +192,15 @@ def _solve(columns: Mapping[str, NDArray[np.float64]], target: NDArray[np.float6
         lengths = np.maximum(np.linalg.norm(matrix, axis=0), 1e-300)
         solution = np.linalg.lstsq(matrix / lengths, target, rcond=1e-9)[0] / lengths
         noise = float(np.sqrt(np.square(target - matrix @ solution).sum() / free))
-        doubts: dict[str, tuple[float, str]] = {}
+        doubts: dict[str, float] = {}
         for at, name in enumerate(names):
-            value, default = float(solution[at]), float(getattr(base, name))
-            error = _error(matrix / lengths, at, noise) / float(lengths[at])
-            found[name] = Finding(name=name, value=value, default=default, error=error)
-            if not value > 0 or error > _WORST_ERROR_SHARE * value:
-                doubts[name] = (error / max(abs(value), 1e-300), f"the readings say {value:.4g} ± {error:.2g}")
-            elif not default / _WORST_FACTOR <= value <= default * _WORST_FACTOR:
-                doubts[name] = (error / value, f"the readings say {value:.4g}, too far from it to be believed")
+            value, error = float(solution[at]), _error(matrix / lengths, at, noise) / float(lengths[at])
+            found[name] = _believed(Finding(name=name, value=value, default=float(getattr(base, name)), error=error), base)
+            if found[name].kept:
+                doubts[name] = error / max(abs(value), 1e-300)
         if not doubts:
             break
-        worst = max(doubts, key=lambda name: doubts[name][0])
-        found[worst] = _keep(worst, base, doubts[worst][1])
+        worst = max(doubts, key=lambda name: doubts[name])
         target = target - left.pop(worst) * found[worst].value
     return found
 
@@ -221,10 +218,17 @@ def _upper(name: str, values: Sequence[int], base: MemoryCoefficients) -> Findin
     default = float(getattr(base, name))
     if len(values) < 2:
         return _keep(name, base, "too few readings")
-    upper = statistics.quantiles(values, n=4)[2]
-    if not default / _WORST_FACTOR <= upper <= default * _WORST_FACTOR:
-        return _keep(name, base, f"the readings say {upper:.4g}, too far from it to be believed")
-    return Finding(name=name, value=upper, default=default, error=(max(values) - min(values)) / 2)
+    return _believed(Finding(name=name, value=statistics.quantiles(values, n=4)[2], default=default, error=(max(values) - min(values)) / 2), base)
+
+
+def _believed(finding: Finding, base: MemoryCoefficients) -> Finding:
+    """The finding, or the default where it is too uncertain or too far from it."""
+    said = f"the readings say {finding.value:.4g}"
+    if not finding.value > 0 or finding.error > _WORST_ERROR_SHARE * finding.value:
+        return _keep(finding.name, base, f"{said} ± {finding.error:.2g}")
+    if not finding.default / _WORST_FACTOR <= finding.value <= finding.default * _WORST_FACTOR:
+        return _keep(finding.name, base, f"{said}, too far from it to be believed")
+    return finding
 
 
 def _keep(name: str, base: MemoryCoefficients, why: str) -> Finding:

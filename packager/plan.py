@@ -138,6 +138,11 @@ def context_frontier(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes:
     first = planned(least)
     longest = contexts.longest(lambda tokens: smallest_memory(loaded, profile, tokens).peak_bytes + reserve_bytes <= budget, least, most)
     plans = [first, *(planned(tokens) for tokens in contexts.steps(least, longest or least)[1:])]
+    return undominated(plans)
+
+
+def undominated(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """The plans that no other beats in context or loss and equals in the other, by rising context."""
     return tuple(plans[at] for at in contexts.undominated([(plan.context_tokens, plan.loss_nats) for plan in plans]))
 
 
