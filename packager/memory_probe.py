@@ -6,7 +6,6 @@ prompt in BUNDLE/prompt.npy, some tokens more. Prints one line of JSON, bytes.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def heap_in_use() -> int | None:
 
 
 def probe(bundle: Path) -> dict[str, Any]:
-    """Memory after each step, the bytes that malloc gave out for the tokenizer, and the speed of prefill in tokens per second."""
+    """Memory after each step, and the bytes that malloc gave out for the tokenizer."""
     import numpy as np
     import onnxruntime_genai as og
 
@@ -51,10 +50,8 @@ def probe(bundle: Path) -> dict[str, Any]:
     phase("prefill")
     generator = og.Generator(model, og.GeneratorParams(model))
     ids = np.load(bundle / PROMPT_FILE)
-    start = time.perf_counter()
     generator.append_tokens(ids)
     generator.get_logits()
-    seconds = time.perf_counter() - start
     phase("decode")
     for _ in range(NEW_TOKENS):
         if generator.is_done():
@@ -63,7 +60,7 @@ def probe(bundle: Path) -> dict[str, Any]:
     tokenizer.decode(generator.get_sequence(0))
     steps["end"] = memory()
     heap = None if before is None or after is None else after - before
-    return {"steps": steps, "tokenizer_heap_bytes": heap, "prefill_tokens_per_second": len(ids) / seconds}
+    return {"steps": steps, "tokenizer_heap_bytes": heap}
 
 
 def main() -> None:
