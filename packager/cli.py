@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.verb(arguments))
     except PackagerError as error:
         if getattr(arguments, "json", False):
-            detail = {key: value for key, value in vars(error).items() if isinstance(value, int)}
+            detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
             print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
         print(f"packager: {error}", file=sys.stderr)
         return error.exit_code
@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         _plan,
         "choose the largest model that fits; needs no model and no runtime",
-        "packager plan smol.map --profile edge-box-256mb\n  packager plan smol.map --profile laptop-16gb --budget 10% --json",
+        "packager plan smol.map --profile edge-box-256mb\n"
+        "  packager plan smol.map --profile laptop-16gb --budget 10% --json\n"
+        "  packager plan smol.map --profile laptop-16gb --budget 300MiB --context auto",
     )
     plan.add_argument("map", type=Path, metavar="MAP")
     _target(plan)
@@ -133,9 +135,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _verb(verbs, "inspect", _inspect, "say what a map, plan or bundle holds", "packager inspect smol.map\n  packager inspect box.bundle --json")
     inspect.add_argument("path", type=Path, metavar="PATH")
 
-    profiles = _verb(verbs, "profiles", _profiles, "list the device profiles, or show one", "packager profiles\n  packager profiles show edge-box-256mb")
-    profiles.add_argument("action", nargs="?", choices=["show"], help="show one profile")
-    profiles.add_argument("name", nargs="?", metavar="NAME", help="a profile's name or a TOML file")
+    profiles = _verb(
+        verbs,
+        "profiles",
+        _profiles,
+        "list the device profiles, show one, or measure this machine's memory coefficients into one",
+        "packager profiles\n  packager profiles show edge-box-256mb\n  packager profiles calibrate --base raspberry-pi-5-8gb -o my-pi.toml",
+    )
+    profiles.add_argument("action", nargs="?", choices=["show", "calibrate"], help="show one profile, or calibrate one on this machine (a minute or two)")
+    profiles.add_argument("name", nargs="?", metavar="NAME", help="show: a profile's name or a TOML file")
+    profiles.add_argument("--base", metavar="NAME", help="calibrate: the profile whose other values are taken")
+    profiles.add_argument("-o", "--output", type=Path, metavar="FILE", help="calibrate: the .toml file to write")
+    profiles.add_argument("--force", action="store_true", help="calibrate: replace an existing file")
     return parser
 
 
@@ -151,7 +162,17 @@ def _verb(verbs: Any, name: str, function: Any, text: str, examples: str) -> arg
 def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", required=True, metavar="P", help="a device profile's name or a TOML file")
     parser.add_argument("--budget", metavar="SIZE", help="memory for the whole process: bytes, 1.5GiB, or 60%% of the device's (default: the profile's)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens the bundle is bounded to, prompt and answer together (default: the profile's)")
+    parser.add_argument(
+        "--context",
+        type=_context,
+        metavar="N",
+        help="tokens the bundle is bounded to, prompt and answer together (default: the profile's); "
+        "'auto': the profile's minimum, and beyond it what costs no quality",
+    )
+
+
+def _context(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
 
 
 def _scoring(parser: argparse.ArgumentParser) -> None:
@@ -233,11 +254,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     from packager import text
     from packager.files import dump_json, write_text
 
-    loaded = _load(arguments.map)
-    plan = _request(arguments).plan(loaded)
+    loaded, request = _load(arguments.map), _request(arguments)
+    frontier = request.frontier(loaded) if arguments.context == "auto" else ()
+    plan = frontier[0] if frontier else request.plan(loaded)
     if arguments.output:
         write_text(arguments.output, dump_json(plan.to_dict()))
-    print(dump_json(plan.to_dict()) if arguments.json else text.plan_text(plan))
+    if arguments.json:
+        print(dump_json(plan.to_dict() | ({"frontier": text.frontier_dicts(frontier)} if frontier else {})))
+    else:
+        print("\n".join([text.plan_text(plan), *([text.frontier_text(frontier)] if frontier else [])]))
     return 0
 
 
@@ -326,14 +351,40 @@ def _profiles(arguments: argparse.Namespace) -> int:
     from packager.files import dump_json
     from packager.profile import load_profile, shipped_profiles
 
+    if arguments.action == "calibrate":
+        return _calibrate(arguments)
     if arguments.action == "show":
         if not arguments.name:
             raise UsageError("profiles show: which one? 'packager profiles' lists them")
         profile = load_profile(arguments.name)
-        print(dump_json(text.profile_dict(profile)) if arguments.json else profile.toml.rstrip())
+        print(dump_json(text.profile_dict(profile)) if arguments.json else text.profile_text(profile))
         return 0
     known = [load_profile(name) for name in shipped_profiles()]
     print(dump_json({"profiles": [text.profile_dict(profile) for profile in known]}) if arguments.json else text.profiles_text(known))
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from packager import text
+    from packager.errors import ArtifactError, UsageError
+    from packager.files import dump_json, write_text
+    from packager.profile import load_profile, with_memory
+
+    out: Path | None = arguments.output
+    if not arguments.base or out is None or out.suffix != ".toml":
+        raise UsageError("profiles calibrate: expected --base NAME and -o FILE.toml")
+    base = load_profile(arguments.base)
+    if out.exists() and not arguments.force:
+        raise ArtifactError(f"{out} exists already: choose another name, or pass --force to replace it")
+    from packager.calibrate import calibrate
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        found = calibrate(base, out.parent, progress)
+    write_text(out, with_memory(base, found.section()))
+    print(dump_json(found.to_dict() | {"profile": str(out)}) if arguments.json else text.calibration_text(found))
+    if not arguments.json:
+        print(f"profile: {out}")
     return 0
 
 

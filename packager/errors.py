@@ -14,6 +14,8 @@ PackagerError                   anything a user can act on; the command line pri
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PackagerError(Exception):
     """Base of the tree. `exit_code` is what the command line returns for it."""
@@ -56,11 +58,12 @@ class RuntimeCheckError(PackagerError):
 
 
 class InfeasibleBudgetError(PackagerError):
-    """Even the smallest model the map offers needs more memory than the budget."""
+    """Even the smallest model the map offers needs more memory than the budget. `shortfall`: its terms, and what would fit."""
 
     exit_code = 4
 
-    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int) -> None:
+    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int, shortfall: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
+        self.shortfall = shortfall

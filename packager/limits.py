@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +28,28 @@ class LimitedRun:
     stdout: str
     stderr: str
     enforced: str | None
-    killed: bool
+    timed_out: bool
     last_phase: str
+
+    @property
+    def killed_at_limit(self) -> bool:
+        """Whether the kernel ended the child for its memory: nobody else has a reason to."""
+        return self.enforced is not None and not self.timed_out and self.returncode in _KILLED
+
+    @property
+    def ending(self) -> str:
+        """How it ended, for people, with the last phase it reached."""
+        if self.timed_out:
+            how = "was stopped, it took too long,"
+        elif self.killed_at_limit:
+            how = f"was killed at the memory limit ({self.enforced})"
+        elif self.returncode in _KILLED:
+            how = "was killed from outside (SIGKILL; the system itself may be out of memory)"
+        elif self.returncode < 0:
+            how = f"crashed ({signal.Signals(-self.returncode).name})"
+        else:
+            how = f"ended with status {self.returncode}"
+        return f"{how} in phase '{self.last_phase}'" + (f": {self.tail}" if self.tail else "")
 
     @property
     def tail(self) -> str:
@@ -42,18 +63,18 @@ def run_limited(command: Sequence[str], limit_bytes: int | None, *, timeout_seco
 
     The child announces its phases on stderr as "phase: NAME" lines.
     """
+    timed_out = False
     with _group(limit_bytes) as (prefix, enter, mechanism):
         try:
             done = subprocess.run([*prefix, *command], capture_output=True, text=True, preexec_fn=enter, timeout=timeout_seconds, check=False)
             code, out, err = done.returncode, done.stdout, done.stderr
         except subprocess.TimeoutExpired as expired:
-            code = -signal.SIGKILL
+            code, timed_out = -signal.SIGKILL, True
             out, err = (
                 (stream or b"").decode(errors="replace") if isinstance(stream, bytes) else (stream or "") for stream in (expired.stdout, expired.stderr)
             )
     phases = [line.removeprefix("phase: ") for line in err.splitlines() if line.startswith("phase: ")]
-    killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    return LimitedRun(returncode=code, stdout=out, stderr=err, enforced=mechanism, killed=killed, last_phase=phases[-1] if phases else "start")
+    return LimitedRun(returncode=code, stdout=out, stderr=err, enforced=mechanism, timed_out=timed_out, last_phase=phases[-1] if phases else "start")
 
 
 def peak_bytes() -> int | None:
@@ -140,6 +161,13 @@ def _make_group(parent: Path, settings: dict[str, str], *, needed: str) -> Path 
                 with contextlib.suppress(OSError):
                     folder.rmdir()
                 return None
+    try:
+        # A group may be made and limited, and still admit nobody.
+        subprocess.run(["true"], preexec_fn=_enterer(folder), check=True)
+    except (OSError, subprocess.SubprocessError):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return None
     return folder
 
 
@@ -147,4 +175,7 @@ def _systemd_works() -> bool:
     if shutil.which("systemd-run") is None:
         return False
     probe = ["systemd-run", "--user", "--scope", "--quiet", "-p", "MemoryMax=1G", "true"]
-    return subprocess.run(probe, capture_output=True, check=False, timeout=10).returncode == 0
+    try:
+        return subprocess.run(probe, capture_output=True, check=False, timeout=10).returncode == 0
+    except subprocess.TimeoutExpired:  # no session bus answers
+        return False

@@ -8,23 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from packager import contexts
 from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
 from packager.forms import Form, form_bytes, form_nodes, kernel_bits, parse_form
 from packager.identity import MapIdentity, read_identity
 from packager.memory import Geometry, MemoryEstimate, Role, estimate, looked_up_bytes, resident_bytes
-from packager.profile import DeviceProfile
+from packager.profile import DeviceProfile, load_profile, shipped_profiles
 from packager.records import from_plain
 from packager.scoremap import IDENTITY_FILE, ScoreMap, Unit, read_map, restricted, reweighed
+from packager.shortfall import explain
 from packager.sizes import format_size
-from packager.solver import Solution, choice_at, solve, total_bytes, total_loss
+from packager.solver import Solution, solve, total_bytes, total_loss
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"
 PROMPT_RESERVE = 32
+AUTO: Literal["auto"] = "auto"
+"""In place of a context's tokens: let the plan choose them, see `context_frontier`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +103,8 @@ def role_of(unit: Unit) -> Role:
 def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | None = None, context_tokens: int | None = None, reserve_bytes: int = 0) -> Plan:
     """The largest model of `loaded` whose predicted peak, plus `reserve_bytes`, fits the budget on this device.
 
-    Raises InfeasibleBudgetError with the minimum, item by item, when even the smallest does not fit; UsageError for a
-    context longer than the model's or a budget above the device's memory.
+    Raises InfeasibleBudgetError, which says what is missing and what would fit, when even the smallest does not;
+    UsageError for a context longer than the model's or a budget above the device's memory.
     """
     budget = profile.budget_bytes if budget_bytes is None else budget_bytes
     context = bounded_context(loaded, profile, context_tokens)
@@ -110,28 +114,62 @@ def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | 
     def weigh(unit: Unit, form: Form) -> int:
         return _weigh(unit, form, loaded.geometry, profile, context)[0]
 
-    def runs(unit: Unit, form: Form) -> bool:
-        return all(bits in profile.bits for bits in kernel_bits(form))
-
-    view = reweighed(restricted(loaded.scoremap, runs), weigh)
+    view = reweighed(restricted(loaded.scoremap, _runs_on(profile)), weigh)
     needed = _estimator(loaded.geometry, view, profile, context)
     solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes <= budget)
     if solution is None:
-        smallest = needed(choice_at(view, len(view.moves)))
-        raise _infeasible(smallest, profile, budget, context, reserve_bytes)
+        raise _infeasible(loaded, profile, budget, context, reserve_bytes)
     return _plan(loaded, view, solution, needed(solution.choice), profile, budget, context)
+
+
+def context_frontier(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | None = None, reserve_bytes: int = 0) -> tuple[Plan, ...]:
+    """What the budget can be spent on: plans of ever longer context at ever higher predicted loss, none of them dominated.
+
+    They begin at the profile's minimum context, or at the longest that costs no more loss than it, and end at the
+    longest at which anything fits. Raises as `make_plan` does, for the minimum context.
+    """
+    budget = profile.budget_bytes if budget_bytes is None else budget_bytes
+    most = loaded.identity.model.max_context_tokens
+    least = min(profile.minimum_context_tokens, most)
+
+    def planned(tokens: int) -> Plan:
+        return make_plan(loaded, profile, budget_bytes=budget, context_tokens=tokens, reserve_bytes=reserve_bytes)
+
+    first = planned(least)
+    longest = contexts.longest(lambda tokens: smallest_memory(loaded, profile, tokens).peak_bytes + reserve_bytes <= budget, least, most)
+    plans = [first, *(planned(tokens) for tokens in contexts.steps(least, longest or least)[1:])]
+    return undominated(plans)
+
+
+def undominated(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """The plans that no other beats in context or loss and equals in the other, by rising context."""
+    return tuple(plans[at] for at in contexts.undominated([(plan.context_tokens, plan.loss_nats) for plan in plans]))
+
+
+def smallest_memory(loaded: LoadedMap, profile: DeviceProfile, context: int) -> MemoryEstimate:
+    """What the smallest model of `loaded` needs on this device: every unit in the runnable option of the fewest resident bytes."""
+    smallest = []
+    for unit, chain in zip(loaded.scoremap.units, restricted(loaded.scoremap, _runs_on(profile)).options, strict=True):
+        smallest.append(min((_weigh(unit, option.form, loaded.geometry, profile, context) for option in chain), key=lambda weights: weights[0]))
+    return _estimated(loaded.geometry, smallest, profile, context)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What to build for: a profile, with budget and context overridden where given."""
+    """What to build for: a profile, with budget and context overridden where given; AUTO trades context for weights."""
 
     profile: DeviceProfile
     budget_bytes: int | None = None
-    context_tokens: int | None = None
+    context_tokens: int | Literal["auto"] | None = None
+
+    def frontier(self, loaded: LoadedMap, reserve_bytes: int = 0) -> tuple[Plan, ...]:
+        """What there is to choose from where the context is AUTO; `plan` takes the first."""
+        return context_frontier(loaded, self.profile, budget_bytes=self.budget_bytes, reserve_bytes=reserve_bytes)
 
     def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
         """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
+        if self.context_tokens == AUTO:
+            return self.frontier(loaded, reserve_bytes)[0]
         return make_plan(loaded, self.profile, budget_bytes=self.budget_bytes, context_tokens=self.context_tokens, reserve_bytes=reserve_bytes)
 
 
@@ -166,20 +204,30 @@ def _estimator(geometry: Geometry, scoremap: ScoreMap, profile: DeviceProfile, c
         [_weigh(unit, option.form, geometry, profile, context) for option in chain] for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
     ]
 
-    def needed(choice: Sequence[int]) -> MemoryEstimate:
-        taken = [chain[index] for chain, index in zip(weights, choice, strict=True)]
-        return estimate(
-            geometry,
-            weights_bytes=sum(resident for resident, _, _ in taken),
-            looked_up_bytes=sum(looked_up for _, looked_up, _ in taken),
-            largest_unit_bytes=max(multiplied for _, _, multiplied in taken),
-            context_tokens=context,
-            prompt_tokens=context - PROMPT_RESERVE,
-            chunk_tokens=profile.chunk_tokens,
-            coefficients=profile.coefficients,
-        )
+    return lambda choice: _estimated(geometry, [chain[index] for chain, index in zip(weights, choice, strict=True)], profile, context)
 
-    return needed
+
+def _estimated(geometry: Geometry, taken: Sequence[tuple[int, int, int]], profile: DeviceProfile, context: int) -> MemoryEstimate:
+    """Predicted memory of a model whose units weigh as `_weigh` says."""
+    return estimate(
+        geometry,
+        weights_bytes=sum(resident for resident, _, _ in taken),
+        looked_up_bytes=sum(looked_up for _, looked_up, _ in taken),
+        largest_unit_bytes=max(multiplied for _, _, multiplied in taken),
+        context_tokens=context,
+        prompt_tokens=context - PROMPT_RESERVE,
+        chunk_tokens=profile.chunk_tokens,
+        coefficients=profile.coefficients,
+    )
+
+
+def _runs_on(profile: DeviceProfile) -> Callable[[Unit, Form], bool]:
+    """Whether the device has a kernel for a form; float runs everywhere."""
+
+    def runs(unit: Unit, form: Form) -> bool:
+        return all(bits in profile.bits for bits in kernel_bits(form))
+
+    return runs
 
 
 def _weigh(unit: Unit, form: Form, geometry: Geometry, profile: DeviceProfile, context: int) -> tuple[int, int, int]:
@@ -216,14 +264,17 @@ def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryE
     )
 
 
-def _infeasible(smallest: MemoryEstimate, profile: DeviceProfile, budget: int, context: int, reserve: int) -> InfeasibleBudgetError:
-    minimum = smallest.peak_bytes + reserve
-    items = ", ".join(f"{item.name} {format_size(item.bytes)}" for item in smallest.items)
-    message = (
-        f"{format_size(budget)} is too little: the smallest model of this map needs {format_size(minimum)} on {profile.name} at a context of "
-        f"{context} tokens, {format_size(minimum - budget)} more ({items}); raise --budget or shorten --context"
+def _infeasible(loaded: LoadedMap, profile: DeviceProfile, budget: int, context: int, reserve: int) -> InfeasibleBudgetError:
+    shortfall = explain(
+        profile,
+        budget_bytes=budget,
+        context_tokens=context,
+        shortest_tokens=PROMPT_RESERVE + 1,
+        reserve_bytes=reserve,
+        smallest=lambda device, tokens: smallest_memory(loaded, device, tokens),
+        others=[load_profile(name) for name in shipped_profiles()],
     )
-    return InfeasibleBudgetError(message, budget_bytes=budget, minimum_bytes=minimum)
+    return InfeasibleBudgetError(shortfall.text(), budget_bytes=budget, minimum_bytes=shortfall.minimum_bytes, shortfall=shortfall.to_dict())
 
 
 def read_plan(path: Path) -> Plan:

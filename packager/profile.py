@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,11 +22,15 @@ PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 class MemoryCoefficients:
     """How this kind of device's runtime turns a model into resident memory; see packager.memory for the formula.
 
-    Every value is measured (docs/memory.md says how) on ONNX Runtime's CPU kernels of the architecture that
-    `measured_on` names.
+    Every value is measured (docs/memory.md says how) on ONNX Runtime's CPU kernels of the machine that
+    `measured_on` names, on that date, with those versions.
     """
 
-    measured_on: str = "x86-64 AVX512-VNNI, onnxruntime 1.31.1, onnxruntime-genai 0.18.0"
+    measured_on: str = "x86-64 with AVX512-VNNI"
+    measured_date: str = "2026-11-21"
+    onnxruntime: str = "1.31.1"
+    onnxruntime_genai: str = "0.18.0"
+    packager: str = "0.1.0"
     process_load_bytes: int = 61 * 2**20  # bytes: python, numpy, genai and an empty session while a model loads
     process_bytes: int = 68 * 2**20  # bytes: the same once it has run, with the code that running has paged in
     session_bytes_per_node: int = 12800  # bytes per node of the graph
@@ -41,12 +47,18 @@ class MemoryCoefficients:
     distinct_factor: float = 3.0  # f in f * n^e, the separate lookups of a text of n tokens
     distinct_exponent: float = 0.65  # e in f * n^e
 
+    @property
+    def provenance(self) -> str:
+        """Where, when and with what they were measured."""
+        versions = f"onnxruntime {self.onnxruntime}, onnxruntime-genai {self.onnxruntime_genai}, packager {self.packager}"
+        return f"{self.measured_on}; {self.measured_date}, {versions}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceProfile:
     """A target device. Bytes are bytes, `context_tokens` counts prompt and answer together, `toml` is the file's text.
 
-    `threads` 0 leaves their number to the runtime.
+    `minimum_context_tokens` is what `--context auto` gives at least. `threads` 0 leaves their number to the runtime.
     """
 
     name: str
@@ -57,6 +69,7 @@ class DeviceProfile:
     bits: tuple[int, ...]
     accuracy_level: int
     context_tokens: int
+    minimum_context_tokens: int
     chunk_tokens: int
     threads: int
     coefficients: MemoryCoefficients
@@ -102,11 +115,12 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
         raise ProfileError(f"{where}: not valid TOML: {error}") from error
     device = _section(table, "device", where, {"description", "memory", "budget", "threads"})
     runtime = _section(table, "runtime", where, {"provider", "bits", "accuracy_level", "chunk_tokens"})
-    context = _section(table, "context", where, {"tokens"})
+    context = _section(table, "context", where, {"tokens", "minimum"})
     memory = _section(table, "memory", where, set(get_type_hints(MemoryCoefficients)), optional=True)
     if unknown := set(table) - {"device", "runtime", "context", "memory"}:
         raise ProfileError(f"{where}: unknown section [{sorted(unknown)[0]}]: expected [device], [runtime], [context], [memory]")
     memory_bytes = _size(device, "memory", where, of_bytes=None)
+    context_tokens = _typed(context, "tokens", int, where)
     profile = DeviceProfile(
         name=name,
         description=_typed(device, "description", str, where, default=""),
@@ -115,7 +129,8 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
         provider=_typed(runtime, "provider", str, where, default="cpu"),
         bits=tuple(_typed(runtime, "bits", list, where, default=[2, 4, 8])),
         accuracy_level=_typed(runtime, "accuracy_level", int, where, default=4),
-        context_tokens=_typed(context, "tokens", int, where),
+        context_tokens=context_tokens,
+        minimum_context_tokens=_typed(context, "minimum", int, where, default=context_tokens),
         chunk_tokens=_typed(runtime, "chunk_tokens", int, where, default=128),
         threads=_typed(device, "threads", int, where, default=0),
         coefficients=_coefficients(memory, where),
@@ -136,12 +151,15 @@ def _check(profile: DeviceProfile, where: str) -> None:
         raise ProfileError(f"{where}: runtime.accuracy_level {profile.accuracy_level}: expected 0 to 4")
     bounded = (
         ("context.tokens", profile.context_tokens, 33),
+        ("context.minimum", profile.minimum_context_tokens, 33),
         ("runtime.chunk_tokens", profile.chunk_tokens, 1),
         ("device.threads", profile.threads, 0),
     )
     for key, value, least in bounded:
         if value < least:
             raise ProfileError(f"{where}: {key} {value}: expected at least {least}")
+    if profile.minimum_context_tokens > profile.context_tokens:
+        raise ProfileError(f"{where}: context.minimum {profile.minimum_context_tokens} is more than context.tokens {profile.context_tokens}")
 
 
 def _section(table: dict[str, Any], key: str, where: str, known: set[str], *, optional: bool = False) -> dict[str, Any]:
@@ -181,4 +199,26 @@ def _coefficients(section: dict[str, Any], where: str) -> MemoryCoefficients:
             if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and not 0 <= value < math.inf):
                 raise ProfileError(f"{where}: memory.{key} is {value!r}: expected a {kind.__name__}, not negative")
             values[key] = value
+    if values.get("reuse_ratio", 0) > 1:
+        raise ProfileError(f"{where}: memory.reuse_ratio is {values['reuse_ratio']}: expected a share, at most 1")
     return dataclasses.replace(MemoryCoefficients(), **values)
+
+
+def with_memory(profile: DeviceProfile, values: Mapping[str, str | int | float]) -> str:
+    """The profile's TOML with `values` as its whole [memory] section; comments and order of the rest stay.
+
+    ProfileError where the text holds the section in a way that cannot be replaced, such as an inline table.
+    """
+    lines, kept, inside = profile.toml.splitlines(), list[str](), False
+    for line in lines:
+        if line.lstrip().startswith("["):
+            inside = line.split("#")[0].strip() == "[memory]"
+        if not inside:
+            kept.append(line)
+    section = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    text = "\n".join([*kept, "", "[memory]", *section]).replace("\n\n\n", "\n\n") + "\n"
+    found = parse_profile(text, where=f"{profile.name} with new coefficients", name=profile.name)
+    expected = dataclasses.replace(profile, coefficients=dataclasses.replace(MemoryCoefficients(), **values), toml=text)  # type: ignore[arg-type]
+    if found != expected:
+        raise ProfileError(f"profile {profile.name}: its [memory] cannot be replaced: write it as a section of its own")
+    return text

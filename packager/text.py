@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packager.errors import ArtifactError
 from packager.identity import MapIdentity
@@ -16,6 +16,9 @@ from packager.report import ValidationReport, shown, verdict
 from packager.scoremap import MAP_FILE
 from packager.sizes import format_size
 from packager.sweep import BY_PEAK, MOST_NOISE, Curve
+
+if TYPE_CHECKING:
+    from packager.calibrate import Calibration
 
 _BAR = 30
 
@@ -46,6 +49,22 @@ def score_text(identity: MapIdentity, nats_per_byte: float, seconds: Mapping[str
     lines.append(f"  {'total':24} {sum(seconds.values()):8.1f} s")
     if peak_bytes is not None:
         lines.append(f"  {'peak memory':24} {format_size(peak_bytes):>10}")
+    return "\n".join(lines)
+
+
+def frontier_dicts(frontier: Sequence[Plan]) -> list[dict[str, Any]]:
+    """What each plan of a frontier trades, as plain data."""
+    keys = ("context_tokens", "file_bytes", "ratio", "loss_nats", "peak_bytes")
+    return [{key: getattr(plan, key) for key in keys} for plan in frontier]
+
+
+def frontier_text(frontier: Sequence[Plan]) -> str:
+    """Context against weights within one budget, the plan that is taken marked."""
+    lines = [f"context against weights within {format_size(frontier[0].budget_bytes)} ('--context N' takes another row)"]
+    lines.append(f"  {'context':>9} {'weights':>10} {'ratio':>7} {'loss, nats':>11} {'peak':>10}")
+    for plan in frontier:
+        row = f"  {plan.context_tokens:>9} {format_size(plan.file_bytes):>10} {plan.ratio:>7.1%} {plan.loss_nats:>+11.4f} {format_size(plan.peak_bytes):>10}"
+        lines.append(row + ("  taken" if plan is frontier[0] else ""))
     return "\n".join(lines)
 
 
@@ -102,7 +121,7 @@ def report_text(report: ValidationReport) -> str:
     lines = _table(rows)
     for number, item in enumerate(report.rounds, 1):
         predicted, measured, weights = (format_size(item[key]) for key in ("predicted_bytes", "measured_bytes", "file_bytes"))
-        lines.append(f"round {number}: predicted {predicted}, measured {measured}, weights {weights}")
+        lines.append(f"round {number}: predicted {predicted}, {f'measured {measured}' if item['measured_bytes'] else 'the run failed'}, weights {weights}")
     if not report.enforced_by:
         lines.append("memory limit: not enforced, this system offers no cgroup to this user")
     if report.answer:
@@ -115,6 +134,26 @@ def report_text(report: ValidationReport) -> str:
 def profile_dict(profile: DeviceProfile) -> dict[str, Any]:
     """A profile as plain data."""
     return {key: value for key, value in asdict(profile).items() if key != "toml"}
+
+
+def profile_text(profile: DeviceProfile) -> str:
+    """The profile's own file, and as a comment below it where its memory coefficients come from."""
+    return f"{profile.toml.rstrip()}\n\n# memory coefficients: {profile.coefficients.provenance}"
+
+
+def calibration_text(found: Calibration) -> str:
+    """Every coefficient with its default, then how well they predict processes that the fit has not seen."""
+    lines = [f"memory coefficients of {found.coefficients.provenance}", f"  {'coefficient':32} {'measured':>12} {'before':>12}"]
+    for item in found.findings:
+        value = "kept" if item.kept else f"{item.value:.4g}"
+        lines.append(f"  {item.name:32} {value:>12} {item.default:>12.4g}" + (f"  {item.kept}" if item.kept else f"  ± {item.error:.2g}" if item.error else ""))
+    lines += [f"left out: {reason}" for reason in found.failed]
+    lines.append(f"  {'processes that the fit has not seen':80} {'measured':>9} {'predicted':>9} {'error':>7} {'before':>7}")
+    for trial in found.trials:
+        sizes = f"{format_size(trial.measured_bytes):>9} {format_size(trial.calibrated_bytes):>9}"
+        errors = " ".join(f"{predicted / trial.measured_bytes - 1:>+7.1%}" for predicted in (trial.calibrated_bytes, trial.base_bytes))
+        lines.append(f"  {trial.name:80} {sizes} {errors}")
+    return "\n".join(lines)
 
 
 def profiles_text(profiles: Sequence[DeviceProfile]) -> str:

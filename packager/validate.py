@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from packager.bundle import GOLDEN_FILE, GRAPH_FILE
 from packager.errors import RuntimeCheckError
@@ -68,17 +69,22 @@ def validate_bundle(
         if not golden.is_file():
             golden = Path(scratch) / GOLDEN_FILE
             reference.write_golden(torch_side, golden, context_tokens=manifest.bounds.context_tokens)
-        heldout = _heldout(root / GRAPH_FILE, torch_side, progress)
+        torch_losses = _torch_losses(torch_side, progress)
         del torch_side
         progress.phase("acceptance test under the memory limit", 1)
         document, done = measure_device(root, manifest.bounds.budget_bytes, golden)
         progress.advance()
-    measured = {"torch_heldout_nats": heldout.torch_nats, "heldout_nats": heldout.runtime_nats, "loss_nats": heldout.runtime_nats - heldout.source_nats}
+    # A runtime that cannot run the bundle in a process of its own is not let into this one, where a crash would be ours.
+    runs = document is not None or done.killed_at_limit
+    heldout = _heldout(root / GRAPH_FILE, torch_losses, progress) if runs else None
+    measured: dict[str, Any] = {"torch_heldout_nats": torch_losses.torch_nats}
+    if heldout is not None:
+        measured |= {"heldout_nats": heldout.runtime_nats, "loss_nats": heldout.runtime_nats - torch_losses.source_nats}
     if document is not None:
         measured |= document["memory"] | document["speed"]
     return ValidationReport(
         bundle_sha256=manifest.bundle_sha256,
-        checks=(*_device_checks(document, done, manifest.bounds.budget_bytes), *_loss_checks(manifest, heldout)),
+        checks=(*_device_checks(document, done, manifest.bounds.budget_bytes), *_loss_checks(manifest, torch_losses, heldout)),
         enforced_by=done.enforced,
         measured=measured,
         predicted=asdict(manifest.predicted),
@@ -88,48 +94,56 @@ def validate_bundle(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Heldout:
-    """Mean losses on the held-out windows in nats per token: of the source model, of the bundle's weights in torch, of
-    the bundle on the runtime. `graph_error` is the largest difference of any logit between torch and the graph with
-    float kernels over the first window, as a share of the logits' spread."""
+class _TorchLosses:
+    """Mean losses on the held-out `windows` in nats per token, of the source model and of the bundle's weights in torch;
+    `first_logits` of the first window from the latter."""
 
+    windows: NDArray[np.int64]
     source_nats: float
     torch_nats: float
+    first_logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Heldout:
+    """Mean loss of the bundle on the runtime in nats per token. `graph_error` is the largest difference of any logit
+    between torch and the graph with float kernels over the first window, as a share of the logits' spread."""
+
     runtime_nats: float
     graph_error: float
 
 
-def _heldout(graph: Path, torch_side: Reference, progress: Progress) -> _Heldout:
-    from packager import losses, runtime
+def _torch_losses(torch_side: Reference, progress: Progress) -> _TorchLosses:
+    from packager import losses
 
-    windows = torch_side.heldout
-    progress.phase("held-out loss in torch and on the runtime", 2 * len(windows) + 1)
-    first, torch_nats = None, []
-    for window in windows:
-        logits, nats = losses.token_losses(torch_side.model, window)
+    progress.phase("held-out loss in torch", len(torch_side.heldout))
+    first, nats = None, []
+    for window in torch_side.heldout:
+        logits, each = losses.token_losses(torch_side.model, window)
         first = logits.numpy() if first is None else first
-        torch_nats.append(float(nats.double().mean()))
+        nats.append(float(each.double().mean()))
         progress.advance()
     assert first is not None
-    exact = runtime.run_window(runtime.full_logits_session(graph, float_kernels=True), windows[0].numpy())
+    return _TorchLosses(
+        windows=torch_side.heldout.numpy(), source_nats=float(torch_side.source_nats.double().mean()), torch_nats=float(np.mean(nats)), first_logits=first
+    )
+
+
+def _heldout(graph: Path, torch_losses: _TorchLosses, progress: Progress) -> _Heldout:
+    from packager import runtime
+
+    windows, first = torch_losses.windows, torch_losses.first_logits
+    progress.phase("held-out loss on the runtime", len(windows) + 1)
+    exact = runtime.run_window(runtime.full_logits_session(graph, float_kernels=True), windows[0])
     graph_error = float(np.abs(exact - first).max() / first.std())
     progress.advance()
-    runtime_nats = runtime.graph_losses(graph, windows.numpy(), advance=progress.advance)
-    return _Heldout(
-        source_nats=float(torch_side.source_nats.double().mean()),
-        torch_nats=float(np.mean(torch_nats)),
-        runtime_nats=float(runtime_nats.mean(dtype=np.float64)),
-        graph_error=graph_error,
-    )
+    runtime_nats = runtime.graph_losses(graph, windows, advance=progress.advance)
+    return _Heldout(runtime_nats=float(runtime_nats.mean(dtype=np.float64)), graph_error=graph_error)
 
 
 def _device_checks(document: dict[str, Any] | None, done: LimitedRun, budget: int) -> list[Check]:
     if document is None:
-        if done.killed:
-            how = f"killed at the limit in phase '{done.last_phase}'"
-        else:
-            how = f"ended with status {done.returncode} in phase '{done.last_phase}': {done.tail}"
-        return [Check(name="acceptance test on the runtime", value=how, limit="runs to its end", unit="", passed=False)]
+        return [Check(name="acceptance test on the runtime", value=done.ending, limit="runs to its end", unit="", passed=False)]
     checks = [Check(**row) for row in document["checks"]]
     checks.append(Check(name="hard limit during the test", value=done.enforced or "not enforced", limit=budget, unit="", passed=None))
     for name, unit in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
@@ -137,13 +151,18 @@ def _device_checks(document: dict[str, Any] | None, done: LimitedRun, budget: in
     return checks
 
 
-def _loss_checks(manifest: Manifest, heldout: _Heldout) -> list[Check]:
-    gap = heldout.runtime_nats - heldout.torch_nats
-    rise = heldout.runtime_nats - heldout.source_nats
-
+def _loss_checks(manifest: Manifest, torch_losses: _TorchLosses, heldout: _Heldout | None) -> list[Check]:
     def reported(name: str, value: float) -> Check:
         return Check(name=name, value=value, limit=None, unit="nats/token", passed=None)
 
+    in_torch = [
+        reported("held-out loss, source model", torch_losses.source_nats),
+        reported("held-out loss, same weights in torch", torch_losses.torch_nats),
+        reported("rise of the loss over the source, predicted", manifest.predicted.loss_nats),
+    ]
+    if heldout is None:
+        return in_torch
+    gap = heldout.runtime_nats - torch_losses.torch_nats
     return [
         Check(
             name="largest difference of a logit, graph with float kernels against torch",
@@ -152,11 +171,10 @@ def _loss_checks(manifest: Manifest, heldout: _Heldout) -> list[Check]:
             unit="of the logits' spread",
             passed=heldout.graph_error <= _GRAPH_ERROR_LIMIT,
         ),
-        reported("held-out loss, source model", heldout.source_nats),
-        reported("held-out loss, same weights in torch", heldout.torch_nats),
+        *in_torch[:2],
         reported("held-out loss, bundle on the runtime", heldout.runtime_nats),
-        reported("rise of the loss over the source, predicted", manifest.predicted.loss_nats),
-        reported("rise of the loss over the source, measured", rise),
+        *in_torch[2:],
+        reported("rise of the loss over the source, measured", heldout.runtime_nats - torch_losses.source_nats),
         Check(
             name="loss that the runtime adds to its weights",
             value=gap,

@@ -35,6 +35,11 @@ LIGHT = [
     "curve",
     "sweep",
     "plot",
+    "contexts",
+    "shortfall",
+    "coefficients",
+    "device_check",
+    "memory_probe",
     "cli",
 ]
 BANDS = [
@@ -42,7 +47,7 @@ BANDS = [
     ["sizes", "files", "progress", "records"],
     ["forms", "store", "profile"],
     ["memory", "scoremap"],
-    ["solver", "curve"],
+    ["solver", "curve", "contexts", "shortfall", "coefficients"],
     ["identity"],
     ["manifest", "plan"],
     ["sweep"],

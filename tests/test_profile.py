@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from packager.errors import ProfileError
-from packager.profile import DeviceProfile, MemoryCoefficients, load_profile, parse_profile, shipped_profiles
+from packager.profile import DeviceProfile, MemoryCoefficients, load_profile, parse_profile, shipped_profiles, with_memory
 
 GOOD = """\
 [device]
@@ -51,6 +51,8 @@ def test_defaults() -> None:
     profile = parse(GOOD)
     assert (profile.memory_bytes, profile.budget_bytes, profile.context_tokens) == (256 * 2**20, 128 * 2**20, 512)
     assert (profile.provider, profile.bits, profile.accuracy_level, profile.chunk_tokens, profile.threads) == ("cpu", (2, 4, 8), 4, 128, 0)
+    assert profile.minimum_context_tokens == 512
+    assert parse(GOOD + "minimum = 256\n").minimum_context_tokens == 256
     assert profile.coefficients == MemoryCoefficients()
     assert profile.toml == GOOD
 
@@ -99,6 +101,8 @@ def test_malformed_toml_is_located() -> None:
         ("[runtime]", "", "section [runtime] is missing"),
         ("tokens = 512", "", "key 'tokens' is missing"),
         pytest.param("tokens = 512", "tokens = 16", "context.tokens 16: expected at least 33", id="a context too short"),
+        pytest.param("tokens = 512", "tokens = 512\nminimum = 16", "context.minimum 16: expected at least 33", id="a minimum too short"),
+        ("tokens = 512", "tokens = 512\nminimum = 513", "context.minimum 513 is more than context.tokens 512"),
         ("tokens = 512", 'tokens = "512"', "tokens is '512': expected int"),
         ("tokens = 512", "tokens = true", "tokens is True: expected int"),
         (
@@ -115,6 +119,7 @@ def test_malformed_toml_is_located() -> None:
         ("[runtime]", "[runtime]\naccuracy_level = 5", "runtime.accuracy_level 5: expected 0 to 4"),
         ("[runtime]", "[runtime]\nchunk_tokens = 0", "runtime.chunk_tokens 0: expected at least 1"),
         ("[runtime]", "[memory]\nlogit_copies = -1\n[runtime]", "memory.logit_copies is -1.0: expected a float, not negative"),
+        ("[runtime]", "[memory]\nreuse_ratio = 1.5\n[runtime]", "memory.reuse_ratio is 1.5: expected a share, at most 1"),
         pytest.param(
             "[runtime]", "[memory]\nlogit_copies = true\n[runtime]", "memory.logit_copies is True: expected a float, not negative", id="a coefficient true"
         ),
@@ -134,3 +139,25 @@ def test_what_is_wrong_is_located(old: str, new: str, expected: str) -> None:
 def test_coefficients_are_read() -> None:
     profile = parse(GOOD + "[memory]\nlogit_copies = 2\nrun_bytes = 5\nmeasured_on = 'here'\n")
     assert (profile.coefficients.logit_copies, profile.coefficients.run_bytes, profile.coefficients.measured_on) == (2.0, 5, "here")
+
+
+VALUES = {"measured_on": 'a "board"', "measured_date": "2026-01-02", "onnxruntime": "1.2", "onnxruntime_genai": "0.3", "packager": "0.4", "run_bytes": 7}
+
+
+@pytest.mark.parametrize("section", ["", "[memory]\nlogit_copies = 2\n# a remark\nrun_bytes = 5\n", "[memory] # old\nlogit_copies = 2\n"])
+def test_the_memory_section_is_replaced_and_the_rest_stays(section: str) -> None:
+    text = GOOD.replace("[runtime]", f"{section}[runtime] # kernels")
+    written = with_memory(parse(text), VALUES)
+    found = parse(written)
+    assert found.coefficients == MemoryCoefficients(**VALUES)  # type: ignore[arg-type]
+    assert (found.budget_bytes, found.context_tokens) == (128 * 2**20, 512)
+    assert written.endswith('packager = "0.4"\nrun_bytes = 7\n')
+    assert written.count("[memory]") == 1
+    assert "[runtime] # kernels" in written
+    assert with_memory(found, VALUES) == written
+    assert found.coefficients.provenance == 'a "board"; 2026-01-02, onnxruntime 1.2, onnxruntime-genai 0.3, packager 0.4'
+
+
+def test_a_memory_section_that_cannot_be_replaced_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"box with new coefficients"):
+        with_memory(parse("memory = { run_bytes = 5 }\n" + GOOD), VALUES)

@@ -130,12 +130,16 @@ class _Collector:
             parameter.requires_grad_(flag)
 
     def curvature(self, source: Source) -> Curvature:
-        """What was collected for one unit."""
+        """What was collected for one unit; to be asked once for each."""
         name = source.unit.name
         if source.unit.kind == "linear":
             weight = self._weights[name].clamp(min=torch.finfo(torch.float32).tiny)
-            weighted, plain = self._weighted[name] / weight, self._inputs[self._alias[source.module]] / self._tokens
-            gradients = self._gradients[source.module][source.start : source.stop, source.start : source.stop] / self._tokens
+            # In place and once: the sums are as large as all that is made of them.
+            weighted, plain = self._weighted.pop(name).div_(weight), self._inputs[self._alias[source.module]]
+            whole = self._gradients[source.module]
+            gradients = whole[source.start : source.stop, source.start : source.stop] / self._tokens
+            if len(gradients) == len(whole):
+                del self._gradients[source.module]
             return Curvature(pairs=((weighted, gradients),), rounding=_scaled(weighted) + _scaled(plain), noise=self._noise[name] / weight)
         head_inputs = self._inputs["head"] / self._tokens
         head = (head_inputs, (self._variance / self._tokens).float()[source.start : source.stop])

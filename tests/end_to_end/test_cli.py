@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import packager.graph.surgery
 import packager.store
 from packager.bars import Bars
 from packager.cli import main
+from packager.limits import run_limited
 from packager.scoremap import read_map
 from packager.store import read_header
 
@@ -261,6 +263,50 @@ def test_an_infeasible_budget_is_4_and_says_the_minimum(maps: Callable[[str], Pa
     assert packager_("plan", maps("llama"), "--profile", profile, "--budget", minimum - 1).code == 4
 
 
+def test_what_would_fit_is_said_and_fits(maps: Callable[[str], Path], profile: Path) -> None:
+    long = least_budget(maps("llama"), profile, "--context", 1024)
+    command = ["plan", maps("llama"), "--profile", profile, "--budget", long - 50_000]
+    done = packager_(*command, "--context", 1024)
+    assert done.code == 4
+    assert "what would fit:" in done.err
+    found = next(line.split()[1] for line in done.err.splitlines() if line.startswith("  --context "))
+    assert packager_(*command, "--context", found).code == 0
+    assert packager_(*command, "--context", int(found) + 1).code == 4
+    detail = packager_(*command, "--context", 1024, "--json").json["shortfall"]
+    assert sum(term["beyond_bytes"] for term in detail["terms"]) == 50_000
+
+
+@pytest.mark.parametrize("size", ["1100MB", "1.5GiB", "2GB", 2**30 + 1])
+def test_a_budget_above_the_device_s_memory_is_a_usage_error(maps: Callable[[str], Path], profile: Path, size: object) -> None:
+    done = packager_("plan", maps("llama"), "--profile", profile, "--budget", size)
+    assert done.code == 2
+    assert done.err.endswith(" is more than the 1.0 GiB that pico-box has\n")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"), [("600MB", 600_000_000), ("600 MiB", 600 * 2**20), ("1GB", 10**9), ("0.75GiB", 3 * 2**28), ("60%", 2**30 * 6 // 10)]
+)
+def test_sizes_of_a_budget(maps: Callable[[str], Path], profile: Path, size: str, bytes_: int) -> None:
+    assert succeed("plan", maps("llama"), "--profile", profile, "--budget", size, "--json").json["budget_bytes"] == bytes_
+
+
+def test_context_auto_offers_a_frontier_and_builds_its_first(maps: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "box.toml"
+    path.write_text(PROFILE.replace("tokens = 512", "tokens = 512\nminimum = 128"))
+    auto = ["--profile", path, "--context", "auto", "--budget", least_budget(maps("llama"), path, "--context", 128) + 60_000]
+    done = succeed("plan", maps("llama"), *auto, "--json", "-o", tmp_path / "plan.json").json
+    frontier = done["frontier"]
+    assert len(frontier) > 2
+    assert {key: done[key] for key in frontier[0]} == frontier[0]
+    assert done["context_tokens"] == 128
+    text = succeed("plan", maps("llama"), *auto).out.splitlines()
+    assert [line.split()[0] for line in text[-len(frontier) :]] == [str(row["context_tokens"]) for row in frontier]
+    assert [line.endswith("  taken") for line in text[-len(frontier) :]] == [True] + [False] * (len(frontier) - 1)
+    built = succeed("build", maps("llama"), *auto, "-o", tmp_path / "out.bundle", "--no-validate", "--json").json
+    assert built["plan"] == {key: value for key, value in done.items() if key != "frontier"} == json.loads((tmp_path / "plan.json").read_text())
+
+
 @pytest.mark.parametrize("context", [0, 32, 1025, -5])
 def test_a_context_the_model_does_not_have_is_a_usage_error(maps: Callable[[str], Path], profile: Path, context: int) -> None:
     done = packager_("plan", maps("llama"), "--profile", profile, "--context", context)
@@ -461,6 +507,68 @@ def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
     assert done.code == 3, done.err
     failed = [check["name"] for check in done.json["checks"] if check["passed"] is False]
     assert failed == ["divergence of the next token from the reference, worst prompt"]
+
+
+# A limit, and a runtime that fails
+
+
+def with_budget(bundle: Path, budget: int) -> Path:
+    edited(lambda manifest: manifest["bounds"].update(budget_bytes=budget), bundle / "packager.json")
+    resign(bundle)
+    return bundle
+
+
+def acceptance(done: Done) -> Any:
+    return next(check for check in done.json["checks"] if check["name"] == "acceptance test on the runtime")
+
+
+def test_without_cgroups_the_limit_is_not_enforced_and_the_report_says_so(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("packager.limits._ROOT", tmp_path / "nowhere")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    done = succeed("validate", bundle_copy, "--json")
+    assert done.json["enforced_by"] is None
+    assert next(check["value"] for check in done.json["checks"] if check["name"] == "hard limit during the test") == "not enforced"
+    assert "memory limit: not enforced, this system offers no cgroup to this user" in succeed("validate", bundle_copy).out
+
+
+@pytest.mark.skipif(run_limited(["true"], 2**30).enforced is None, reason="this system offers no memory limit to this user")
+def test_a_limit_that_kills_is_reported_with_the_phase_reached(bundle_copy: Path) -> None:
+    done = packager_("validate", with_budget(bundle_copy, 24 * 2**20), "--json")
+    assert done.code == 3, done.err
+    assert re.fullmatch(
+        r"was killed at the memory limit \((cgroup v2|cgroup v1|systemd scope)\) in phase '(start|hashes|import|load)'", acceptance(done)["value"]
+    )
+    assert done.json["measured"]["heldout_nats"] > 0  # what the runtime computes is still known
+    assert "NOT VALID" in packager_("validate", bundle_copy).out
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        pytest.param("import os; os.kill(os.getpid(), 11)", "crashed (SIGSEGV) in phase 'load'", id="crash"),
+        pytest.param("raise SystemExit('no such operator')", "ended with status 1 in phase 'load': no such operator", id="refusal"),
+    ],
+)
+def test_a_runtime_that_fails_is_a_row_of_the_report(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, ending: str, expected: str) -> None:
+    """And is not let into this process."""
+    code = f"import sys; print('phase: load', file=sys.stderr, flush=True); {ending}"
+    monkeypatch.setattr("packager.validate.run_limited", lambda command, limit: run_limited([sys.executable, "-c", code], limit))
+    monkeypatch.setattr("packager.runtime.full_logits_session", Stop(1, AssertionError("the runtime was let in")))
+    done = packager_("validate", bundle_copy, "--json")
+    assert done.code == 3, done.err
+    assert acceptance(done)["value"] == expected
+    assert {check["passed"] for check in done.json["checks"]} == {False, None}
+
+
+def test_a_build_whose_runtime_crashes_is_published_as_not_valid(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packager.validate.run_limited", lambda command, limit: run_limited([sys.executable, "-c", "import os; os.abort()"], limit))
+    done = packager_("build", maps("llama"), "--profile", profile, "-o", tmp_path / "out.bundle")
+    assert done.code == 3
+    assert "crashed (SIGABRT) in phase 'start'" in done.out
+    assert "round 1: predicted " in done.out
+    assert ", the run failed, weights " in done.out
 
 
 @pytest.mark.parametrize(
