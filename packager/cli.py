@@ -148,6 +148,11 @@ def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", required=True, metavar="P", help="a device profile's name or a TOML file")
     parser.add_argument("--budget", metavar="SIZE", help="memory for the whole process: bytes, 1.5GiB, or 60%% of the device's (default: the profile's)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens the bundle is bounded to, prompt and answer together (default: the profile's)")
+    parser.add_argument(
+        "--kv-cache",
+        choices=["auto", "float", "int8"],
+        help="key/value cache of floats, of 8-bit codes, or whichever is predicted to lose less (default: the profile's, else auto)",
+    )
 
 
 def _scoring(parser: argparse.ArgumentParser) -> None:
@@ -349,7 +354,8 @@ def _request(arguments: argparse.Namespace) -> Request:
     from packager.profile import load_profile
 
     profile = load_profile(arguments.profile)
-    return Request(profile=profile, budget_bytes=_budget(arguments.budget, profile), context_tokens=arguments.context)
+    budget = _budget(arguments.budget, profile)
+    return Request(profile=profile, budget_bytes=budget, context_tokens=arguments.context, cache=arguments.kv_cache)
 
 
 def _budget(text: str | None, profile: DeviceProfile) -> int | None:

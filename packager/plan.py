@@ -6,10 +6,11 @@ The same map, profile and budget give the same bytes of `plan.json`: it holds no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from packager import caches
 from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
@@ -31,7 +32,8 @@ PROMPT_RESERVE = 32
 class Plan:
     """What to build. `choices` maps unit name → form label; bytes and nats as their names say.
 
-    `ratio` is file bytes over the bytes of the float16 model. `memory` is the predicted peak, item by item.
+    `ratio` is file bytes over the bytes of the float16 model. `memory` is the predicted peak, item by item. `cache` is
+    float or int8, of which `cache_nats` is the share of `loss_nats`; `cache_note` says what stood against it.
     """
 
     schema: int
@@ -49,6 +51,9 @@ class Plan:
     loss_nats: float
     peak_bytes: int
     memory: dict[str, Any]
+    cache: str = caches.FLOAT
+    cache_nats: float = 0.0
+    cache_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `plan.json`."""
@@ -64,13 +69,24 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedMap:
-    """A score map with its identity, and where it lies."""
+    """A score map with its identity, and where it lies; `cache` is the kind of key/value cache that is planned with."""
 
     folder: Path
     scoremap: ScoreMap
     identity: MapIdentity
     geometry: Geometry
     anchors: tuple[Anchor, ...]
+    cache: str = caches.FLOAT
+
+    @property
+    def cache_nats(self) -> float:
+        """What the cache adds to the loss."""
+        score = self.identity.int8_cache
+        return score.loss_nats if self.cache == caches.INT8 and score is not None else 0.0
+
+    def with_cache(self, cache: str) -> LoadedMap:
+        """The same map with a cache of that kind."""
+        return replace(self, cache=cache, geometry=replace(self.geometry, cache_element_bytes=1 if cache == caches.INT8 else 0))
 
     @property
     def sha256(self) -> str:
@@ -124,15 +140,37 @@ def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What to build for: a profile, with budget and context overridden where given."""
+    """What to build for: a profile, with budget, context and cache overridden where given."""
 
     profile: DeviceProfile
     budget_bytes: int | None = None
     context_tokens: int | None = None
+    cache: str | None = None
 
     def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
         """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
+        kinds, note = caches.offered(loaded.identity, self.profile.provider, self.cache or self.profile.kv_cache)
+        plans, refused = [], None
+        for kind in kinds:
+            try:
+                plans.append(self._with(loaded.with_cache(kind), reserve_bytes))
+            except InfeasibleBudgetError as error:
+                refused = error  # of the last: the smallest cache's minimum is the least
+        if not plans:
+            assert refused is not None
+            raise refused
+        return chosen(plans, kinds, note)
+
+    def _with(self, loaded: LoadedMap, reserve_bytes: int) -> Plan:
         return make_plan(loaded, self.profile, budget_bytes=self.budget_bytes, context_tokens=self.context_tokens, reserve_bytes=reserve_bytes)
+
+
+def chosen(plans: Sequence[Plan], kinds: Sequence[str], note: str = "") -> Plan:
+    """The plan of the least predicted loss, the first of equals, saying what stood against it; `kinds` were tried."""
+    best = min(plans, key=lambda plan: plan.loss_nats)
+    others = [f"with a {plan.cache} cache the loss would be +{plan.loss_nats:.4f}" for plan in plans if plan is not best]
+    others += [f"with a {kind} cache nothing fits" for kind in kinds if kind not in {plan.cache for plan in plans}]
+    return replace(best, cache_note="; ".join([note] if note else others))
 
 
 def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
@@ -210,9 +248,11 @@ def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryE
         moves=len(view.moves),
         file_bytes=file_bytes,
         ratio=file_bytes / loaded.identity.model.float16_bytes,
-        loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)),
+        loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)) + loaded.cache_nats,
         peak_bytes=memory.peak_bytes,
         memory=memory.to_dict(),
+        cache=loaded.cache,
+        cache_nats=loaded.cache_nats,
     )
 
 

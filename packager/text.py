@@ -28,6 +28,7 @@ def plan_text(plan: Plan) -> str:
         f"profile      {plan.profile}: budget {format_size(plan.budget_bytes)}, context {plan.context_tokens} tokens",
         f"chosen       {format_size(plan.file_bytes)} of weights, {plan.ratio:.1%} of the float16 model ({plan.prefix} of {plan.moves} moves)",
         f"forms        {forms_text(plan.choices.values())}",
+        f"cache        {plan.cache}" + (f" (+{plan.cache_nats:.4f} nats)" if plan.cache_nats else "") + (f": {plan.cache_note}" if plan.cache_note else ""),
         f"predicted    loss +{plan.loss_nats:.4f} nats per token; peak {format_size(plan.peak_bytes)} in {plan.memory['peak_phase']}",
     ]
     for name, size in terms.items():

@@ -78,7 +78,11 @@ def validate_bundle(
         measured |= document["memory"] | document["speed"]
     return ValidationReport(
         bundle_sha256=manifest.bundle_sha256,
-        checks=(*_device_checks(document, done, manifest.bounds.budget_bytes), *_loss_checks(manifest, heldout)),
+        checks=(
+            *_device_checks(document, done, manifest.bounds.budget_bytes),
+            Check(name="key/value cache", value=manifest.cache, limit=None, unit="", passed=None),
+            *_loss_checks(manifest, heldout),
+        ),
         enforced_by=done.enforced,
         measured=measured,
         predicted=asdict(manifest.predicted),

@@ -35,6 +35,7 @@ LIGHT = [
     "curve",
     "sweep",
     "plot",
+    "caches",
     "cli",
 ]
 BANDS = [
@@ -44,6 +45,7 @@ BANDS = [
     ["memory", "scoremap"],
     ["solver", "curve"],
     ["identity"],
+    ["caches"],
     ["manifest", "plan"],
     ["sweep"],
     ["plot"],
