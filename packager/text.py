@@ -133,7 +133,7 @@ def describe(path: Path) -> dict[str, Any]:
         loaded = load_map(path)
         sizes = [sum(chain[index].bytes for chain in loaded.scoremap.options) for index in (0, -1)]
         plain = loaded.identity.to_dict()
-        identity = {key: plain[key] for key in ("model", "calibration", "losses", "settings", "versions")}
+        identity = {key: plain[key] for key in ("model", "calibration", "losses", "int8_cache", "settings", "versions")}
         return {
             "kind": "score map",
             "units": len(loaded.scoremap.units),
@@ -145,7 +145,7 @@ def describe(path: Path) -> dict[str, Any]:
         from packager.bundle import open_bundle
 
         manifest = open_bundle(path).to_dict()
-        shared = {key: manifest[key] for key in ("model", "profile", "bounds", "predicted", "bundle_sha256")}
+        shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
         forms = forms_text(unit["form"] for unit in manifest["units"])
         return {
             "kind": "bundle",

@@ -19,7 +19,8 @@ from test_graph import FLOAT_KERNELS, IDS, build, export, place, torch_logits
 
 from packager.bundle import GRAPH_FILE, open_bundle, write_contents, write_manifest
 from packager.caches import offered
-from packager.errors import ExportError, InfeasibleBudgetError, UsageError
+from packager.cli import main
+from packager.errors import ExportError, InfeasibleBudgetError, ProfileError, UsageError
 from packager.graph.caches import Scales, cache_facts, quantise_caches, read_scales
 from packager.graph.skeleton import GRAPH_FILE as SKELETON_FILE
 from packager.plan import Plan, Request, chosen, load_map
@@ -146,6 +147,25 @@ def test_where_there_is_no_choice_the_plan_says_why(maps: Callable[[str], Path],
     refused = dataclasses.replace(loaded.identity.int8_cache, refusal="because")
     assert offered(dataclasses.replace(loaded.identity, int8_cache=refused), "cpu", "auto") == (("float",), "because")
     assert offered(loaded.identity, "cpu", "float") == (("float",), "")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_build_with_codes_is_validated_and_says_so(name: str, maps: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pico-box.toml").write_text(PROFILE.replace("chunk_tokens = 32", 'chunk_tokens = 32\nkv_cache = "int8"'))
+    target = ["--profile", str(tmp_path / "pico-box.toml")]
+    assert main(["build", str(maps(name)), *target, "-o", str(tmp_path / "out.bundle"), "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["plan"]["cache"] == "int8"
+    assert done["report"]["passed"] is True
+    assert [check["value"] for check in done["report"]["checks"] if check["name"] == "key/value cache"] == ["int8"]
+    assert json.loads((tmp_path / "out.bundle" / "config.json").read_text())["transformers.js_config"]["kv_cache_dtype"] == "int8"
+    assert main(["plan", str(maps(name)), *target, "--kv-cache", "float"]) == 0
+    assert "cache        float\n" in capsys.readouterr().out
+
+
+def test_a_cache_that_is_none_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"^here: runtime\.kv_cache 'int4': expected one of auto, float, int8$"):
+        parse_profile(PROFILE.replace("[context]", 'kv_cache = "int4"\n[context]'), where="here", name="box")
 
 
 def test_plans_of_before_the_choice_are_still_read(maps: Callable[[str], Path], device: DeviceProfile) -> None:
