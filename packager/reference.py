@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from packager.bundle import GRAPH_FILE, REFERENCE_FILE
 from packager.caches import INT8
@@ -52,6 +52,12 @@ class Reference:
     tokenizer: Any
     heldout: torch.Tensor
     source_nats: torch.Tensor
+
+    @torch.no_grad()
+    def exact_logits(self, window: torch.Tensor) -> torch.Tensor:
+        """Logits (length, vocabulary) of a (length,) window where nothing that is cached is rounded."""
+        logits: torch.Tensor = self.model(input_ids=window[None], past_key_values=DynamicCache()).logits[0].float()
+        return logits
 
 
 def load_reference(root: Path, manifest: Manifest) -> Reference:

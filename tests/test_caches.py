@@ -66,6 +66,8 @@ def test_the_graph_computes_what_torch_does_with_rounded_keys_and_values(pico: P
     exact = torch_logits(model)
     tap(model, rounding(steps))
     rounded = torch_logits(model)
+    widened = run_window(full_logits_session(tmp_path / "bundle" / GRAPH_FILE, threads=1, float_kernels=True), IDS)
+    assert np.abs(widened - exact).max() < 2e-3 * np.abs(exact).max()
     # A key that lies between two codes may fall to either side: a few logits move by one step's worth.
     assert np.abs(found - rounded).mean() < 0.1 * np.abs(exact - rounded).mean()
     assert np.abs(exact - rounded).mean() < 0.05 * exact.std(), "8 bits lose more than they should"

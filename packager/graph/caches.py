@@ -81,6 +81,19 @@ def quantise_caches(graph: ir.Graph, scales: Scales) -> None:
         value.type = ir.TensorType(ir.DataType.INT8)
 
 
+def widen_caches(graph: ir.Graph) -> None:
+    """Undo `quantise_caches`: every cache of `graph` holds floats."""
+    for node in graph:
+        if node.op_type == _ATTENTION and "kv_cache_bit_width" in node.attributes:
+            for name in ("k_quant_type", "v_quant_type", "kv_cache_bit_width"):
+                del node.attributes[name]
+            for index in (_KEY_SCALE, _KEY_SCALE + 1):
+                node.replace_input_with(index, None)
+    for value in _caches([*graph.inputs, *graph.outputs]):
+        if value.dtype == ir.DataType.INT8:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
 def scale_name(layer: int, role: str) -> str:
     """The tensor of `reference.safetensors` that holds a layer's steps; `role` is one of CACHE_ROLES."""
     return f"cache.{layer}.{role}"

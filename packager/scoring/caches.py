@@ -40,10 +40,10 @@ class _Tap(DynamicCache):  # type: ignore[misc]  # transformers' types are not f
 
 
 def tap(model: torch.nn.Module, see: See) -> torch.utils.hooks.RemovableHandle:
-    """Let `see` have the keys and values of every forward pass of `model`, until the handle is removed."""
+    """Let `see` have the keys and values of every forward pass of `model` that is not given a cache, until the handle is removed."""
 
     def hook(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return arguments, named | {"past_key_values": _Tap(see), "use_cache": True}
+        return arguments, {"past_key_values": _Tap(see)} | named | {"use_cache": True}
 
     return model.register_forward_pre_hook(hook, with_kwargs=True)
 
