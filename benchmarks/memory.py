@@ -47,12 +47,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One process to measure: linear units in `form`, embedding and head in `head`."""
+    """One process to measure: linear units in `form`, embedding and head in `head`, a `cache` of floats or of int8 codes."""
 
     form: str
     head: str
     context_tokens: int
     prompt_tokens: int
+    cache: str = "float"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,8 @@ def cases(name: str, quick: bool) -> list[Case]:
     forms = FORMS[1::2] if quick else FORMS
     found = [Case(form=form, head=head, context_tokens=256, prompt_tokens=16) for form, head in forms]
     found += [Case(form=form, head=head, context_tokens=1024, prompt_tokens=1024 - NEW_TOKENS) for form, head in forms]
+    codes = ((1024, 1024 - NEW_TOKENS),) if quick else ((2048, 2016), (8192, 64))
+    found += [Case(form="q4g64", head="q4g64", context_tokens=tokens, prompt_tokens=prompt, cache="int8") for tokens, prompt in codes]
     if not quick:
         found += [Case(form="q4g64", head="q4g64", context_tokens=tokens, prompt_tokens=prompt) for tokens, prompt in ((512, 200), (2048, 2016), (4096, 16))]
         long = 8192 - NEW_TOKENS if name == "small" else 64
@@ -100,7 +103,7 @@ def main() -> int:
     if options.model:
         configs[options.model.name] = AutoConfig.from_pretrained(options.model)
     results = []
-    print(f"{'shape':12}{'form':9}{'head':9}{'context':>8}{'prompt':>8}{'measured':>10}{'anon':>8}{'file':>8}{'predicted':>11}{'error':>8}  peak")
+    print(f"{'shape':12}{'form':9}{'head':9}{'cache':6}{'context':>8}{'prompt':>8}{'measured':>10}{'anon':>8}{'file':>8}{'predicted':>11}{'error':>8}  peak")
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs.items():
             tokenizer = options.model / "tokenizer.json" if options.model and name == options.model.name else None
@@ -109,7 +112,7 @@ def main() -> int:
                 results.append(row := run_case(shape, case, Path(scratch, "bundle")))
                 mib = {key: row[key] / 2**20 for key in ("measured", "anonymous", "mapped", "predicted")}
                 print(
-                    f"{name:12}{case.form:9}{case.head:9}{case.context_tokens:8}{case.prompt_tokens:8}{mib['measured']:10.1f}{mib['anonymous']:8.1f}"
+                    f"{name:12}{case.form:9}{case.head:9}{case.cache:6}{case.context_tokens:8}{case.prompt_tokens:8}{mib['measured']:10.1f}{mib['anonymous']:8.1f}"
                     f"{mib['mapped']:8.1f}{mib['predicted']:11.1f}{row['error']:+8.1%}  {row['peak_phase']}",
                     flush=True,
                 )
@@ -141,6 +144,7 @@ def run_case(shape: Shape, case: Case, bundle: Path) -> dict[str, Any]:
         "shape": shape.name,
         "form": case.form,
         "head": case.head,
+        "cache": case.cache,
         "context_tokens": case.context_tokens,
         "prompt_tokens": case.prompt_tokens,
         "predicted": predicted.peak_bytes,
@@ -212,6 +216,7 @@ def predict(shape: Shape, case: Case) -> MemoryEstimate:
         nodes=shape.nodes,
         tokenizer_bytes=(shape.folder / "tokenizer.json").stat().st_size,
         tokenizer_entries=tokenizer_entries(json.loads((shape.folder / "tokenizer.json").read_text())),
+        cache_element_bytes=1 if case.cache == "int8" else 0,
     )
     used = min(case.context_tokens, case.prompt_tokens + NEW_TOKENS)
     weights = looked_up = largest = 0
@@ -310,8 +315,13 @@ def write_bundle(shape: Shape, case: Case, out: Path) -> None:
     for at, matrix, form, role in found:
         specs = form.tensors(matrix.rows, matrix.cols)
         regions = {name: Region(path=pools[spec.dtype], offset=at * 4096, length=spec.bytes) for name, spec in specs.items()}
-        placements.append(Placement(name=matrix.name, tied=role == "tied", rows=matrix.rows, cols=matrix.cols, form=form, regions=regions))
-    write_model(shape.folder / GRAPH_FILE, placements, GraphOptions(context_tokens=case.context_tokens, accuracy_level=4), out / "model.onnx")
+        placements.append(
+            Placement(name=matrix.name, matrix=matrix.name, start=0, tied=role == "tied", rows=matrix.rows, cols=matrix.cols, form=form, regions=regions)
+        )
+    step = np.full((shape.config.num_key_value_heads, head_dim(shape.config)), 0.05, np.float32)
+    scales = dict.fromkeys(range(shape.config.num_hidden_layers), (step, step)) if case.cache == "int8" else None
+    bounds = GraphOptions(context_tokens=case.context_tokens, accuracy_level=4, cache_scales=scales)
+    write_model(shape.folder / GRAPH_FILE, placements, bounds, out / "model.onnx")
     for pool in pools.values():
         pool.unlink()
     genai = json.loads((shape.folder / GENAI_FILE).read_text())
