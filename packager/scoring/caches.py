@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from packager.graph.caches import CacheFacts
 from packager.identity import CacheScore
+from packager.scoring.ledger import Ledger
 from packager.scoring.probes import Observer
 
 _TOP = 127
@@ -90,7 +91,9 @@ def pair_norms(keys: Tensor, turned: int, *, interleaved: bool) -> Tensor:
     return torch.cat([moving, still.abs()], dim=-1)
 
 
-def score_cache(model: torch.nn.Module, facts: CacheFacts, windows: Tensor, heldout: Tensor) -> tuple[CacheScore, dict[int, tuple[Tensor, Tensor]]]:
+def score_cache(
+    model: torch.nn.Module, facts: CacheFacts, windows: Tensor, heldout: Tensor, ledger: Ledger
+) -> tuple[CacheScore, dict[int, tuple[Tensor, Tensor]]]:
     """What a cache of 8-bit codes costs on `heldout`, with steps from `windows`; and the steps, none where it is refused."""
     if facts.refusal:
         return CacheScore(loss_nats=0.0, refusal=facts.refusal), {}
@@ -99,7 +102,7 @@ def score_cache(model: torch.nn.Module, facts: CacheFacts, windows: Tensor, held
     if set(steps) != set(facts.layers):
         return CacheScore(loss_nats=0.0, refusal=f"{type(model).__name__} caches {len(steps)} layers, its exported graph {len(facts.layers)}"), {}
     with _tapped(model, rounding(steps)):
-        divergence, _ = observer.measure()
+        divergence, _ = ledger.recall("8-bit cache", observer.measure)
     return CacheScore(loss_nats=max(0.0, divergence)), steps
 
 

@@ -54,6 +54,7 @@ QUICK_TOKENS = 8192
 QUICK_ANCHOR_NATS = (0.01, 0.05, 0.2, 0.8)
 ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
 _NOISY_NATS = 0.05
+_LEDGER_FILE = "measured.json"
 _CACHE_WINDOWS = 16
 _PROBE_WINDOWS = 4  # divergences are far less noisy than rises of the loss: half the windows do
 
@@ -139,7 +140,7 @@ def score_model(
         progress.warn(warning)
     progress.phase("measuring an 8-bit cache", 1)
     facts = cache_facts(ir.load(work / SKELETON_FOLDER / settings.provider / GRAPH_FILE).graph, settings.provider)
-    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], heldout[:_PROBE_WINDOWS])
+    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], heldout[:_PROBE_WINDOWS], Ledger(work / _LEDGER_FILE))
     progress.advance()
     lap("cache")
     progress.phase("writing the map", 1)
@@ -322,7 +323,7 @@ def _measure(
     """The map with its prices corrected by probes, and the curve through its anchors."""
     units = [source.unit for source in sources]
     options = [_part_options(work, source) for source in sources]
-    ledger = Ledger(work / "measured.json")
+    ledger = Ledger(work / _LEDGER_FILE)
 
     def load(source: Source, option: Option) -> torch.Tensor:
         return _load_option(work, source, option)
