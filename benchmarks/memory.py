@@ -46,12 +46,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 def cases(name: str, quick: bool) -> list[Case]:
     """Every form with a short and with a full prompt, then longer contexts in one form."""
 
-    def case(form: str, head: str, context: int, prompt: int) -> Case:
-        return Case(form=parse_form(form), head=parse_form(head), context_tokens=context, prompt_tokens=prompt, chunk_tokens=CHUNK_TOKENS, threads=THREADS)
+    def case(form: str, head: str, context: int, prompt: int, cache: str = "float") -> Case:
+        forms = {"form": parse_form(form), "head": parse_form(head)}
+        return Case(**forms, context_tokens=context, prompt_tokens=prompt, chunk_tokens=CHUNK_TOKENS, threads=THREADS, cache=cache)
 
     forms = FORMS[1::2] if quick else FORMS
     found = [case(form, head, 256, 16) for form, head in forms]
     found += [case(form, head, 1024, 1024 - NEW_TOKENS) for form, head in forms]
+    codes = ((1024, 1024 - NEW_TOKENS),) if quick else ((2048, 2016), (8192, 64))
+    found += [case("q4g64", "q4g64", tokens, prompt, "int8") for tokens, prompt in codes]
     if not quick:
         found += [case("q4g64", "q4g64", tokens, prompt) for tokens, prompt in ((512, 200), (2048, 2016), (4096, 16))]
         found.append(case("q4g64", "q4g64", 8192, 8192 - NEW_TOKENS if name == "small" else 64))
@@ -72,7 +75,7 @@ def main() -> None:
     if options.model:
         configs[options.model.name] = AutoConfig.from_pretrained(options.model)
     results = []
-    print(f"{'shape':12}{'form':9}{'head':9}{'context':>8}{'prompt':>8}{'measured':>10}{'anon':>8}{'file':>8}{'predicted':>11}{'error':>8}  peak")
+    print(f"{'shape':12}{'form':9}{'head':9}{'cache':6}{'context':>8}{'prompt':>8}{'measured':>10}{'anon':>8}{'file':>8}{'predicted':>11}{'error':>8}  peak")
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs.items():
             tokenizer = options.model / "tokenizer.json" if options.model and name == options.model.name else None
@@ -81,7 +84,7 @@ def main() -> None:
                 results.append(row := run_case(sample, case, coefficients, Path(scratch, "bundle")))
                 mib = {key: row[key] / 2**20 for key in ("measured", "anonymous", "mapped", "predicted")}
                 print(
-                    f"{name:12}{case.form.label:9}{case.head.label:9}{case.context_tokens:8}{case.prompt_tokens:8}{mib['measured']:10.1f}"
+                    f"{name:12}{case.form.label:9}{case.head.label:9}{case.cache:6}{case.context_tokens:8}{case.prompt_tokens:8}{mib['measured']:10.1f}"
                     f"{mib['anonymous']:8.1f}{mib['mapped']:8.1f}{mib['predicted']:11.1f}{row['error']:+8.1%}  {row['peak_phase']}",
                     flush=True,
                 )
@@ -107,6 +110,7 @@ def run_case(sample: Sample, case: Case, coefficients: MemoryCoefficients, bundl
         "shape": sample.name,
         "form": case.form.label,
         "head": case.head.label,
+        "cache": case.cache,
         "context_tokens": case.context_tokens,
         "prompt_tokens": case.prompt_tokens,
         "predicted": predicted.peak_bytes,

@@ -18,8 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packager.caches import CACHE_TEXTS, INT8
 from packager.errors import ArtifactError
 from packager.files import dump_json, inner_path, read_json, sha256_file, sha256_json, write_text
+from packager.graph.caches import read_scales
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.identity import check_files
 from packager.manifest import SCHEMA, Bounds, BundleFile, BundleUnit, Manifest, Predicted, files_hash, parse_manifest
@@ -54,13 +56,14 @@ def write_contents(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: P
         raise ArtifactError(f"{loaded.folder} has no graph for {profile.provider}: score the model again with --provider {profile.provider}")
     check_files(loaded.folder, loaded.identity)
     (out / "onnx").mkdir(parents=True)
-    options = GraphOptions(context_tokens=plan.context_tokens, accuracy_level=profile.accuracy_level)
+    scales = read_scales(loaded.folder / REFERENCE_FILE) if plan.cache == INT8 else None
+    options = GraphOptions(context_tokens=plan.context_tokens, accuracy_level=profile.accuracy_level, cache_scales=scales)
     written = write_model(skeleton / "graph.onnx", placements(loaded, plan, polished), options, out / GRAPH_FILE)
     if sum(written.values()) != plan.file_bytes:
         raise ArtifactError(f"wrote {sum(written.values())} bytes of weights, the plan said {plan.file_bytes}")
     for path in sorted((loaded.folder / "model").iterdir()):
         shutil.copyfile(path, out / path.name)
-    _amend_config(out / "config.json")
+    _amend_config(out / "config.json", plan.cache)
     genai = genai_config(read_json(skeleton / "genai_config.json"), plan, profile)
     write_text(out / "genai_config.json", json.dumps(genai, indent=2))
     write_text(out / PLAN_FILE, dump_json(plan.to_dict()))
@@ -111,9 +114,10 @@ def genai_config(skeleton: Mapping[str, Any], plan: Plan, profile: DeviceProfile
     return config
 
 
-def _amend_config(path: Path) -> None:
+def _amend_config(path: Path, cache: str) -> None:
     config = read_json(path)
-    config["transformers.js_config"] = {"use_external_data_format": {Path(GRAPH_FILE).name: 1}, "kv_cache_dtype": "float32"}
+    kind = "int8" if cache == INT8 else "float32"
+    config["transformers.js_config"] = {"use_external_data_format": {Path(GRAPH_FILE).name: 1}, "kv_cache_dtype": kind}
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False))
 
 
@@ -146,6 +150,7 @@ def write_manifest(out: Path, loaded: LoadedMap, plan: Plan, provider: str, *, m
         predicted=Predicted(peak_bytes=plan.peak_bytes, loss_nats=plan.loss_nats, file_bytes=plan.file_bytes, memory=plan.memory),
         versions={name: version(name) for name in ("edge-packager", "onnxruntime", "onnxruntime-genai", "onnx-ir")},
         measured=dict(measured) if measured is not None else None,
+        cache=plan.cache,
     )
     write_text(out / MANIFEST_FILE, dump_json(manifest.to_dict()))
     sums = "".join(f"{entry.sha256}  {entry.path}\n" for entry in files)
@@ -179,6 +184,7 @@ def _card(loaded: LoadedMap, plan: Plan) -> str:
 | licence | that of the source model; see LICENSE where the source has one |
 | weights | {plan.file_bytes:,} bytes, {plan.ratio:.1%} of the float16 model |
 | context | {plan.context_tokens} tokens, prompt and answer together |
+| key/value cache | {CACHE_TEXTS[plan.cache]} |
 | budget | {plan.budget_bytes:,} bytes for the whole process; predicted peak {plan.peak_bytes:,} |
 | quality | predicted rise of the loss {plan.loss_nats:.4f} nats per token over the source model |
 

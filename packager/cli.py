@@ -169,6 +169,11 @@ def _target(parser: argparse.ArgumentParser) -> None:
         help="tokens the bundle is bounded to, prompt and answer together (default: the profile's); "
         "'auto': the profile's minimum, and beyond it what costs no quality",
     )
+    parser.add_argument(
+        "--kv-cache",
+        choices=["auto", "float", "int8"],
+        help="key/value cache of floats, of 8-bit codes, or whichever is predicted to lose less (default: the profile's, else auto)",
+    )
 
 
 def _context(text: str) -> int | str:
@@ -414,7 +419,8 @@ def _request(arguments: argparse.Namespace) -> Request:
     from packager.profile import load_profile
 
     profile = load_profile(arguments.profile)
-    return Request(profile=profile, budget_bytes=_budget(arguments.budget, profile), context_tokens=arguments.context)
+    budget = _budget(arguments.budget, profile)
+    return Request(profile=profile, budget_bytes=budget, context_tokens=arguments.context, cache=arguments.kv_cache)
 
 
 def _budget(text: str | None, profile: DeviceProfile) -> int | None:

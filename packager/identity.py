@@ -53,8 +53,18 @@ class Losses:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CacheScore:
+    """What a key/value cache of 8-bit codes costs on the held-out windows, in nats per token; `refusal` says why this model
+    cannot have one, empty where it can."""
+
+    loss_nats: float
+    refusal: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MapIdentity:
-    """`map.json`. `files` maps every other file of the map to its sha256."""
+    """`map.json`. `files` maps every other file of the map to its sha256. Maps of before there was a choice of caches have
+    no `int8_cache`."""
 
     schema: int
     model: ModelIdentity
@@ -66,6 +76,7 @@ class MapIdentity:
     settings: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, str]
+    int8_cache: CacheScore | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `map.json`."""

@@ -79,6 +79,7 @@ class Manifest:
     predicted: Predicted
     versions: dict[str, str]
     measured: dict[str, Any] | None = None
+    cache: str = "float"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `packager.json`."""

@@ -34,7 +34,8 @@ class Geometry:
 
     `nodes` counts the nodes of the exported graph, `tokenizer_bytes` is the size of tokenizer.json. `tokenizer_entries`
     counts its tokens and merges; 0 estimates it from the size, which holds for a file that transformers indented.
-    Of `layers`, `sliding_layers` keep only the last `sliding_window` tokens.
+    Of `layers`, `sliding_layers` keep only the last `sliding_window` tokens. `cache_element_bytes` is 1 where the cache
+    holds 8-bit codes; 0 where it holds the runtime's floats, whose width the coefficients know.
     """
 
     layers: int
@@ -49,6 +50,7 @@ class Geometry:
     tokenizer_entries: int = 0
     sliding_window: int = 0
     sliding_layers: int = 0
+    cache_element_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +183,7 @@ def cache_bytes(geometry: Geometry, context_tokens: int, chunk_tokens: int, coef
     """Keys and values of every layer for the whole context, or for its window and one chunk; past and present share one buffer."""
     full = geometry.layers - geometry.sliding_layers
     tokens = full * context_tokens + geometry.sliding_layers * min(context_tokens, geometry.sliding_window + chunk_tokens)
-    return 2 * tokens * geometry.kv_heads * geometry.head_dim * coefficients.kv_element_bytes
+    return 2 * tokens * geometry.kv_heads * geometry.head_dim * (geometry.cache_element_bytes or coefficients.kv_element_bytes)
 
 
 def activation_bytes(geometry: Geometry, rows: int, coefficients: MemoryCoefficients) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +101,11 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
 
     rounds: list[_Round] = []
     reserve: int | None = 0
+    # What was measured of one cache says nothing of the other: later rounds keep the first one's.
+    kept = replace(request, cache=plan.cache)
     while reserve is not None and len(rounds) < _ROUNDS:
         if rounds:
-            plan = request.plan(loaded, reserve)
+            plan = replace(kept.plan(loaded, reserve), cache_note=plan.cache_note)
             if plan.choices == rounds[-1].plan.choices:
                 break
         _stage(loaded, plan, request.profile, staging, progress)

@@ -5,12 +5,13 @@ The same map, profile and budget give the same bytes of `plan.json`: it holds no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from packager import contexts
+from packager import caches, contexts
 from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
@@ -35,7 +36,8 @@ AUTO: Literal["auto"] = "auto"
 class Plan:
     """What to build. `choices` maps unit name → form label; bytes and nats as their names say.
 
-    `ratio` is file bytes over the bytes of the float16 model. `memory` is the predicted peak, item by item.
+    `ratio` is file bytes over the bytes of the float16 model. `memory` is the predicted peak, item by item. `cache` is
+    float or int8, of which `cache_nats` is the share of `loss_nats`; `cache_note` says what stood against it.
     """
 
     schema: int
@@ -53,6 +55,9 @@ class Plan:
     loss_nats: float
     peak_bytes: int
     memory: dict[str, Any]
+    cache: str = caches.FLOAT
+    cache_nats: float = 0.0
+    cache_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `plan.json`."""
@@ -68,13 +73,24 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedMap:
-    """A score map with its identity, and where it lies."""
+    """A score map with its identity, and where it lies; `cache` is the kind of key/value cache that is planned with."""
 
     folder: Path
     scoremap: ScoreMap
     identity: MapIdentity
     geometry: Geometry
     anchors: tuple[Anchor, ...]
+    cache: str = caches.FLOAT
+
+    @property
+    def cache_nats(self) -> float:
+        """What the cache adds to the loss."""
+        score = self.identity.int8_cache
+        return score.loss_nats if self.cache == caches.INT8 and score is not None else 0.0
+
+    def with_cache(self, cache: str) -> LoadedMap:
+        """The same map with a cache of that kind."""
+        return replace(self, cache=cache, geometry=replace(self.geometry, cache_element_bytes=1 if cache == caches.INT8 else 0))
 
     @property
     def sha256(self) -> str:
@@ -154,23 +170,63 @@ def smallest_memory(loaded: LoadedMap, profile: DeviceProfile, context: int) -> 
     return _estimated(loaded.geometry, smallest, profile, context)
 
 
+Planned = TypeVar("Planned")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What to build for: a profile, with budget and context overridden where given; AUTO trades context for weights."""
+    """What to build for: a profile, with budget, context and cache overridden where given; AUTO trades context for weights."""
 
     profile: DeviceProfile
     budget_bytes: int | None = None
     context_tokens: int | Literal["auto"] | None = None
+    cache: str | None = None
 
     def frontier(self, loaded: LoadedMap, reserve_bytes: int = 0) -> tuple[Plan, ...]:
-        """What there is to choose from where the context is AUTO; `plan` takes the first."""
-        return context_frontier(loaded, self.profile, budget_bytes=self.budget_bytes, reserve_bytes=reserve_bytes)
+        """What there is to choose from where the context is AUTO, with any cache on offer; `plan` takes the first."""
+
+        def planned(view: LoadedMap) -> tuple[Plan, ...]:
+            return context_frontier(view, self.profile, budget_bytes=self.budget_bytes, reserve_bytes=reserve_bytes)
+
+        found, _, note = self._tried(loaded, planned)
+        plans = [replace(plan, cache_note=note) for plan in itertools.chain(*found)]
+        return undominated(sorted(plans, key=lambda plan: plan.context_tokens))
 
     def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
         """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
-        if self.context_tokens == AUTO:
+        context = self.context_tokens
+        if context == AUTO:
             return self.frontier(loaded, reserve_bytes)[0]
-        return make_plan(loaded, self.profile, budget_bytes=self.budget_bytes, context_tokens=self.context_tokens, reserve_bytes=reserve_bytes)
+
+        def planned(view: LoadedMap) -> Plan:
+            return make_plan(view, self.profile, budget_bytes=self.budget_bytes, context_tokens=context, reserve_bytes=reserve_bytes)
+
+        return chosen(*self._tried(loaded, planned))
+
+    def _tried(self, loaded: LoadedMap, planned: Callable[[LoadedMap], Planned]) -> tuple[list[Planned], Sequence[str], str]:
+        """What `planned` makes of every cache on offer that fits, the kinds that were tried, and why others were not.
+
+        Raises InfeasibleBudgetError, of the smallest cache, when none fits.
+        """
+        kinds, note = caches.offered(loaded.identity, self.profile.provider, self.cache or self.profile.kv_cache)
+        found, refused = [], None
+        for kind in kinds:
+            try:
+                found.append(planned(loaded.with_cache(kind)))
+            except InfeasibleBudgetError as error:
+                refused = error  # of the last: the smallest cache's minimum is the least
+        if not found:
+            assert refused is not None
+            raise refused
+        return found, kinds, note
+
+
+def chosen(plans: Sequence[Plan], kinds: Sequence[str], note: str = "") -> Plan:
+    """The plan of the least predicted loss, the first of equals, saying what stood against it; `kinds` were tried."""
+    best = min(plans, key=lambda plan: plan.loss_nats)
+    others = [f"with a {plan.cache} cache the loss would be +{plan.loss_nats:.4f}" for plan in plans if plan is not best]
+    others += [f"with a {kind} cache nothing fits" for kind in kinds if kind not in {plan.cache for plan in plans}]
+    return replace(best, cache_note="; ".join([note] if note else others))
 
 
 def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
@@ -258,9 +314,11 @@ def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryE
         moves=len(view.moves),
         file_bytes=file_bytes,
         ratio=file_bytes / loaded.identity.model.float16_bytes,
-        loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)),
+        loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)) + loaded.cache_nats,
         peak_bytes=memory.peak_bytes,
         memory=memory.to_dict(),
+        cache=loaded.cache,
+        cache_nats=loaded.cache_nats,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from packager.errors import ProfileError, UsageError
 from packager.sizes import parse_size
 
+KV_CACHES = ("auto", "float", "int8")
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 
 
@@ -59,6 +60,8 @@ class DeviceProfile:
     """A target device. Bytes are bytes, `context_tokens` counts prompt and answer together, `toml` is the file's text.
 
     `minimum_context_tokens` is what `--context auto` gives at least. `threads` 0 leaves their number to the runtime.
+    `kv_cache` is the key/value cache: float, int8, or auto for whichever
+    is predicted to lose less.
     """
 
     name: str
@@ -74,6 +77,7 @@ class DeviceProfile:
     threads: int
     coefficients: MemoryCoefficients
     toml: str
+    kv_cache: str = "auto"
 
 
 def profile_folder() -> Path:
@@ -114,7 +118,7 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
     except tomllib.TOMLDecodeError as error:
         raise ProfileError(f"{where}: not valid TOML: {error}") from error
     device = _section(table, "device", where, {"description", "memory", "budget", "threads"})
-    runtime = _section(table, "runtime", where, {"provider", "bits", "accuracy_level", "chunk_tokens"})
+    runtime = _section(table, "runtime", where, {"provider", "bits", "accuracy_level", "chunk_tokens", "kv_cache"})
     context = _section(table, "context", where, {"tokens", "minimum"})
     memory = _section(table, "memory", where, set(get_type_hints(MemoryCoefficients)), optional=True)
     if unknown := set(table) - {"device", "runtime", "context", "memory"}:
@@ -135,6 +139,7 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
         threads=_typed(device, "threads", int, where, default=0),
         coefficients=_coefficients(memory, where),
         toml=text,
+        kv_cache=_typed(runtime, "kv_cache", str, where, default="auto"),
     )
     _check(profile, where)
     return profile
@@ -145,6 +150,8 @@ def _check(profile: DeviceProfile, where: str) -> None:
         raise ProfileError(f"{where}: device.budget {profile.budget_bytes} is more than device.memory {profile.memory_bytes}")
     if profile.provider not in PROVIDERS:
         raise ProfileError(f"{where}: runtime.provider {profile.provider!r}: expected one of {', '.join(PROVIDERS)}")
+    if profile.kv_cache not in KV_CACHES:
+        raise ProfileError(f"{where}: runtime.kv_cache {profile.kv_cache!r}: expected one of {', '.join(KV_CACHES)}")
     if any(bits not in (2, 4, 8) for bits in profile.bits):
         raise ProfileError(f"{where}: runtime.bits {list(profile.bits)}: expected some of 2, 4, 8 (none: float only)")
     if not 0 <= profile.accuracy_level <= 4:

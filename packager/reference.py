@@ -11,13 +11,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from packager.bundle import GRAPH_FILE, REFERENCE_FILE
+from packager.caches import INT8
 from packager.errors import ArtifactError
 from packager.forms import Form
+from packager.graph.caches import read_scales
 from packager.graph.packing import dequantize
 from packager.manifest import Manifest
+from packager.scoring.caches import rounding, tap
 from packager.scoring.sources import find_sources, matrices_of
 
 PROMPTS = (
@@ -39,7 +42,7 @@ GREEDY_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """A torch model with a bundle's weights, and its tokenizer.
+    """A torch model with a bundle's weights, whose cache rounds as the bundle's does, and its tokenizer.
 
     `heldout` (n, length) are the held-out windows of its map, cut to the bundle's context; `source_nats`
     (n, length - 1) is what each of their tokens costs the source model.
@@ -49,6 +52,12 @@ class Reference:
     tokenizer: Any
     heldout: torch.Tensor
     source_nats: torch.Tensor
+
+    @torch.no_grad()
+    def exact_logits(self, window: torch.Tensor) -> torch.Tensor:
+        """Logits (length, vocabulary) of a (length,) window where nothing that is cached is rounded."""
+        logits: torch.Tensor = self.model(input_ids=window[None], past_key_values=DynamicCache()).logits[0].float()
+        return logits
 
 
 def load_reference(root: Path, manifest: Manifest) -> Reference:
@@ -66,6 +75,9 @@ def load_reference(root: Path, manifest: Manifest) -> Reference:
         for source, unit in zip(sources, manifest.units, strict=True):
             weights = _weights(graph, unit.name, unit.parsed(), unit.rows, unit.cols)
             source.weight(model).copy_(torch.from_numpy(weights))
+    if manifest.cache == INT8:
+        scales = read_scales(root / REFERENCE_FILE)
+        tap(model, rounding({layer: (torch.from_numpy(key), torch.from_numpy(value)) for layer, (key, value) in scales.items()}))
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     length = manifest.bounds.context_tokens
     return Reference(

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from packager.errors import RuntimeCheckError
+from packager.graph.caches import widen_caches
 
 _PRUNE = "/lm_head/prune/Gather"
 _UNSQUEEZE = "/lm_head/prune/Unsqueeze"
@@ -58,8 +59,8 @@ def run_window(session: ort.InferenceSession, window: NDArray[np.int64], *, cach
 def full_logits_session(graph_path: Path, *, threads: int = 0, float_kernels: bool = False) -> ort.InferenceSession:
     """A session over a decoder's graph that returns every token's logits, not only the last's.
 
-    With `float_kernels` the low-bit kernels are told to keep activations in float32: slow, and exact enough to tell a
-    wrong graph from rounded activations.
+    With `float_kernels` the low-bit kernels are told to keep activations in float32, and the cache holds floats: slow, and
+    exact enough to tell a wrong graph from rounded activations.
     """
     model = ir.load(graph_path)
     nodes = {node.name: node for node in model.graph}
@@ -72,6 +73,7 @@ def full_logits_session(graph_path: Path, *, threads: int = 0, float_kernels: bo
         for node in model.graph:
             if node.op_type == "MatMulNBits":
                 node.attributes.add(ir.AttrInt64("accuracy_level", 1))
+        widen_caches(model.graph)
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     if logits.shape is not None:
         logits.shape = ir.Shape(["batch_size", "sequence_length", logits.shape[2]])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from packager.caches import FLOAT, INT8
 from packager.coefficients import Workload, WorkUnit
 from packager.files import read_json
 from packager.forms import Form
@@ -43,7 +44,8 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """How a sample is run: linear units in form `form`, embedding and head in `head`. `threads` 0 leaves them to the runtime."""
+    """How a sample is run: linear units in form `form`, embedding and head in `head`, a `cache` of floats or of int8 codes.
+    `threads` 0 leaves them to the runtime."""
 
     form: Form
     head: Form
@@ -52,6 +54,7 @@ class Case:
     chunk_tokens: int
     accuracy_level: int = 4
     threads: int = 0
+    cache: str = FLOAT
 
 
 def make_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -82,7 +85,7 @@ def workload(sample: Sample, case: Case) -> Workload:
     roles = {EMBEDDING: "embedding", HEAD: "tied" if sample.tied else "head"}
     kept = [matrix for matrix in sample.matrices if not (sample.tied and matrix.name == EMBEDDING)]
     return Workload(
-        geometry=sample.geometry,
+        geometry=replace(sample.geometry, cache_element_bytes=1 if case.cache == INT8 else 0),
         units=tuple(
             WorkUnit(name=m.name, rows=m.rows, cols=m.cols, form=case.head if m.name in roles else case.form, role=roles.get(m.name, "linear"))  # type: ignore[arg-type]
             for m in kept
@@ -115,9 +118,11 @@ def write_sample(sample: Sample, case: Case, out: Path) -> None:
         placements.append(
             Placement(name=unit.name, matrix=unit.name, start=0, tied=unit.role == "tied", rows=unit.rows, cols=unit.cols, form=unit.form, regions=regions)
         )
-    write_model(
-        sample.folder / GRAPH_FILE, placements, GraphOptions(context_tokens=case.context_tokens, accuracy_level=case.accuracy_level), out / "model.onnx"
-    )
+    geometry = sample.geometry
+    step = np.full((geometry.kv_heads, geometry.head_dim), 0.05, np.float32)
+    scales = dict.fromkeys(range(geometry.layers), (step, step)) if case.cache == INT8 else None
+    options = GraphOptions(context_tokens=case.context_tokens, accuracy_level=case.accuracy_level, cache_scales=scales)
+    write_model(sample.folder / GRAPH_FILE, placements, options, out / "model.onnx")
     for pool in pools.values():
         pool.unlink()
     genai = read_json(sample.folder / GENAI_FILE)

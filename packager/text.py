@@ -31,6 +31,7 @@ def plan_text(plan: Plan) -> str:
         f"profile      {plan.profile}: budget {format_size(plan.budget_bytes)}, context {plan.context_tokens} tokens",
         f"chosen       {format_size(plan.file_bytes)} of weights, {plan.ratio:.1%} of the float16 model ({plan.prefix} of {plan.moves} moves)",
         f"forms        {forms_text(plan.choices.values())}",
+        f"cache        {plan.cache}" + (f" (+{plan.cache_nats:.4f} nats)" if plan.cache_nats else "") + (f": {plan.cache_note}" if plan.cache_note else ""),
         f"predicted    loss +{plan.loss_nats:.4f} nats per token; peak {format_size(plan.peak_bytes)} in {plan.memory['peak_phase']}",
     ]
     for name, size in terms.items():
@@ -171,7 +172,7 @@ def describe(path: Path) -> dict[str, Any]:
         loaded = load_map(path)
         sizes = [sum(chain[index].bytes for chain in loaded.scoremap.options) for index in (0, -1)]
         plain = loaded.identity.to_dict()
-        identity = {key: plain[key] for key in ("model", "calibration", "losses", "settings", "versions")}
+        identity = {key: plain[key] for key in ("model", "calibration", "losses", "int8_cache", "settings", "versions")}
         return {
             "kind": "score map",
             "units": len(loaded.scoremap.units),
@@ -183,7 +184,7 @@ def describe(path: Path) -> dict[str, Any]:
         from packager.bundle import open_bundle
 
         manifest = open_bundle(path).to_dict()
-        shared = {key: manifest[key] for key in ("model", "profile", "bounds", "predicted", "bundle_sha256")}
+        shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
         forms = forms_text(unit["form"] for unit in manifest["units"])
         return {
             "kind": "bundle",

@@ -40,6 +40,7 @@ LIGHT = [
     "coefficients",
     "device_check",
     "memory_probe",
+    "caches",
     "cli",
 ]
 BANDS = [
@@ -49,6 +50,7 @@ BANDS = [
     ["memory", "scoremap"],
     ["solver", "curve", "contexts", "shortfall", "coefficients"],
     ["identity"],
+    ["caches"],
     ["manifest", "plan"],
     ["sweep"],
     ["plot"],

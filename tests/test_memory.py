@@ -136,6 +136,11 @@ def test_cache_is_float32_keys_and_values() -> None:
     assert cache_bytes(sliding, 100, 128, COEFFICIENTS) == cache_bytes(TINY, 100, 128, COEFFICIENTS)
 
 
+def test_a_cache_of_codes_takes_a_byte_an_element() -> None:
+    codes = dataclasses.replace(TINY, cache_element_bytes=1)
+    assert 4 * cache_bytes(codes, 1_024, 128, COEFFICIENTS) == cache_bytes(TINY, 1_024, 128, COEFFICIENTS)
+
+
 def test_tokenizer_entries_counts_tokens_and_merges() -> None:
     assert tokenizer_entries({"model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}}) == 4
     assert tokenizer_entries({"model": {"vocab": [["a", -1.0]]}}) == 1

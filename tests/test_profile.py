@@ -96,7 +96,7 @@ def test_malformed_toml_is_located() -> None:
     ("old", "new", "expected"),
     [
         ("[runtime]", "[runtime]\nbit = [4]", "unknown key runtime.bit: did you mean bits?"),
-        ("[runtime]", "[runtime]\nzzz = 1", "unknown key runtime.zzz: expected accuracy_level, bits, chunk_tokens, provider"),
+        ("[runtime]", "[runtime]\nzzz = 1", "unknown key runtime.zzz: expected accuracy_level, bits, chunk_tokens, kv_cache, provider"),
         ("[runtime]", "[runtime]\n[extra]", "unknown section [extra]: expected [device], [runtime], [context], [memory]"),
         ("[runtime]", "", "section [runtime] is missing"),
         ("tokens = 512", "", "key 'tokens' is missing"),

@@ -89,7 +89,7 @@ def test_a_killed_run_is_resumed_and_nothing_is_done_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = read_map(maps("llama"))
-    every = {"unit": len(whole.units), "measured": len(read_identity(maps("llama")).probes) + len(anchor_prefixes(whole, QUICK_ANCHOR_NATS))}
+    every = {"unit": len(whole.units), "measured": len(read_identity(maps("llama")).probes) + len(anchor_prefixes(whole, QUICK_ANCHOR_NATS)) + 1}  # the cache
     units, measured, count = (counted_off(number, every[what]) for number, what in ((units, "unit"), (measured, "measured"), (count, "measured")))
     out, work = tmp_path / "out.map", tmp_path / ".out.map.work"
     command = ["score", str(picos("llama").folder), "-o", str(out), "--calibration", str(calibration_text), "--tokens", "2048", "--quick"]

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from packager.errors import ExportError
 from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, TensorSpec
+from packager.graph.caches import Scales, quantise_caches
 from packager.graph.layout import EMBEDDING
 from packager.store import Region
 
@@ -46,10 +47,14 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphOptions:
-    """What the graph is bounded to: `context_tokens` positions, kernels at `accuracy_level` (4: 8-bit activations)."""
+    """What the graph is bounded to: `context_tokens` positions, kernels at `accuracy_level` (4: 8-bit activations).
+
+    With `cache_scales` the key/value cache holds 8-bit codes, without it floats.
+    """
 
     context_tokens: int
     accuracy_level: int
+    cache_scales: Scales | None = None
 
 
 def write_model(skeleton: Path, placements: Iterable[Placement], options: GraphOptions, out: Path) -> dict[str, int]:
@@ -59,6 +64,8 @@ def write_model(skeleton: Path, placements: Iterable[Placement], options: GraphO
     """
     model = ir.load(skeleton)
     _bound_rotary_caches(model.graph, options.context_tokens)
+    if options.cache_scales is not None:
+        quantise_caches(model.graph, options.cache_scales)
     sizes: dict[str, int] = {}
     data_path = out.with_name(out.name + "_data")
     with data_path.open("wb") as data:

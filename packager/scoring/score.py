@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import onnx_ir as ir
 import psutil
 import torch
 from safetensors import safe_open
@@ -28,14 +29,16 @@ from packager.errors import CalibrationError
 from packager.files import dump_json, published_folder, read_json, refuse_existing, sha256_file, sha256_json, write_text
 from packager.forms import parse_form
 from packager.geometry import read_geometry
+from packager.graph.caches import CACHE_ROLES, cache_facts, scale_name
 from packager.graph.packing import dequantize
-from packager.graph.skeleton import export_skeleton
+from packager.graph.skeleton import GRAPH_FILE, export_skeleton
 from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity, Probe, read_identity, require_model
 from packager.limits import peak_bytes
 from packager.progress import Progress
 from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
 from packager.scoring.acip import AcipSettings, check_reachable
 from packager.scoring.acip_map import Ranking, learn, load_start, prepare, ranked_options, start_path
+from packager.scoring.caches import score_cache
 from packager.scoring.calibration import Calibration, load_calibration, nats_per_byte, unfamiliar
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.ledger import Ledger
@@ -53,6 +56,8 @@ QUICK_TOKENS = 8192
 QUICK_ANCHOR_NATS = (0.01, 0.05, 0.2, 0.8)
 ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
 _NOISY_NATS = 0.05
+_LEDGER_FILE = "measured.json"
+_CACHE_WINDOWS = 16
 _PROBE_WINDOWS = 4  # divergences are far less noisy than rises of the loss: half the windows do
 
 
@@ -150,6 +155,11 @@ def score_model(
     warning = unfamiliar(calibration.description, float(measured.token_nats.double().mean()), per_byte)
     if warning:
         progress.warn(warning)
+    progress.phase("measuring an 8-bit cache", 1)
+    facts = cache_facts(ir.load(work / SKELETON_FOLDER / settings.provider / GRAPH_FILE).graph, settings.provider)
+    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], heldout[:_PROBE_WINDOWS], Ledger(work / _LEDGER_FILE))
+    progress.advance()
+    lap("cache")
     progress.phase("writing the map", 1)
     with published_folder(out, force=force) as staging:
         _write_store(work, sources, scoremap, staging)
@@ -157,6 +167,7 @@ def score_model(
         checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
         reference |= {"heldout": heldout.numpy().astype("int32"), "heldout_nats": measured.token_nats.float().cpu().numpy()}
+        reference |= {scale_name(layer, role): step.numpy() for layer, pair in steps.items() for role, step in zip(CACHE_ROLES, pair, strict=True)}
         save_file(reference, staging / REFERENCE_FILE)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         genai = read_json(staging / SKELETON_FOLDER / settings.provider / "genai_config.json")
@@ -182,6 +193,7 @@ def score_model(
             settings=asdict(settings),
             versions={name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
             files={path.relative_to(staging).as_posix(): sha256_file(path) for path in sorted(staging.rglob("*")) if path.is_file()},
+            int8_cache=int8_cache,
         )
         write_text(staging / IDENTITY_FILE, dump_json(identity.to_dict()))
     shutil.rmtree(work, ignore_errors=True)
@@ -357,7 +369,7 @@ def _measure(
     """
     units = [source.unit for source in sources]
     options = [_part_options(work, source) for source in sources]
-    ledger = Ledger(work / "measured.json")
+    ledger = Ledger(work / _LEDGER_FILE)
 
     def load(source: Source, option: Option) -> torch.Tensor:
         return _load_option(work, source, option)

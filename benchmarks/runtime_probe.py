@@ -1,0 +1,66 @@
+"""One process of one runtime: load, prefill a prompt, decode at that depth. Prints one line of JSON, bytes and tokens/s.
+
+    python -P runtime_probe.py genai|llama MODEL IDS.json NEW THREADS MAX_LENGTH
+
+`genai` opens a folder for onnxruntime-genai, `llama` a GGUF file for llama-cpp-python. MAX_LENGTH 0 leaves the context as
+the model's own settings have it. Needs the runtime and numpy and nothing of this project, so that any interpreter can run it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def genai(model_path: str, ids: list[int], new: int, threads: int, max_length: int) -> tuple[float, float]:
+    """Seconds of prefill and of `new` decoded tokens."""
+    import numpy as np
+    import onnxruntime_genai as og
+
+    config = og.Config(model_path)
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
+    tokenizer = og.Tokenizer(model)
+    params = og.GeneratorParams(model)
+    params.set_search_options(min_length=len(ids) + new, do_sample=False, **({"max_length": max_length} if max_length else {}))
+    generator = og.Generator(model, params)
+    start = time.perf_counter()
+    generator.append_tokens(np.array(ids, np.int32))
+    generator.get_logits()
+    prefill = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(new):
+        generator.generate_next_token()
+    decode = time.perf_counter() - start
+    tokenizer.decode(generator.get_sequence(0)[-new:])
+    return prefill, decode
+
+
+def llama(model_path: str, ids: list[int], new: int, threads: int, max_length: int) -> tuple[float, float]:
+    """The same with llama-cpp-python at its defaults."""
+    from llama_cpp import Llama
+
+    model: Any = Llama(model_path, n_ctx=max_length or 0, n_threads=threads, n_threads_batch=threads, verbose=False)
+    start = time.perf_counter()
+    model.eval(ids)
+    prefill = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(new):
+        model.eval([model.sample(temp=0.0)])
+    return prefill, time.perf_counter() - start
+
+
+def main() -> None:
+    kind, model_path, ids_path, new, threads, max_length = sys.argv[1:]
+    ids = json.loads(Path(ids_path).read_text())
+    prefill, decode = {"genai": genai, "llama": llama}[kind](model_path, ids, int(new), int(threads), int(max_length))
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    peak = next(int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:")
+    print(json.dumps({"peak_bytes": peak, "prefill_tokens_per_second": len(ids) / prefill, "decode_tokens_per_second": int(new) / decode}))
+
+
+if __name__ == "__main__":
+    main()
