@@ -121,7 +121,9 @@ def _amend_config(path: Path, cache: str) -> None:
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False))
 
 
-def write_manifest(out: Path, loaded: LoadedMap, plan: Plan, provider: str, *, measured: Mapping[str, Any] | None) -> Manifest:
+def write_manifest(
+    out: Path, loaded: LoadedMap, plan: Plan, provider: str, *, measured: Mapping[str, Any] | None, polish: Mapping[str, Any] | None = None
+) -> Manifest:
     """`packager.json` and SHA256SUMS over what lies in `out`. Returns the manifest."""
     skip = {MANIFEST_FILE, SUMS_FILE, *REPORT_FILES}
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
@@ -150,6 +152,7 @@ def write_manifest(out: Path, loaded: LoadedMap, plan: Plan, provider: str, *, m
         predicted=Predicted(peak_bytes=plan.peak_bytes, loss_nats=plan.loss_nats, file_bytes=plan.file_bytes, memory=plan.memory),
         versions={name: version(name) for name in ("edge-packager", "onnxruntime", "onnxruntime-genai", "onnx-ir")},
         measured=dict(measured) if measured is not None else None,
+        polish=dict(polish) if polish is not None else None,
         cache=plan.cache,
     )
     write_text(out / MANIFEST_FILE, dump_json(manifest.to_dict()))

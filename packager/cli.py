@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from packager.plan import LoadedMap, Request
     from packager.profile import DeviceProfile
     from packager.scoring.acip import AcipSettings
+    from packager.scoring.polish_plan import Polishing
     from packager.scoring.score import ScoreSettings
 
 _INTERRUPTED = 130
@@ -121,6 +122,18 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("map", type=Path, metavar="MAP")
     _target(build)
     build.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    build.add_argument(
+        "--polish",
+        type=float,
+        nargs="?",
+        const=10.0,
+        metavar="MINUTES",
+        help="tune the block scales of this one size against the original model (--model) for so many minutes (default: 10)",
+    )
+    build.add_argument("--model", metavar="MODEL", help="the map's own model, for --polish: a folder, a hub name, a .gguf file, or 'demo'")
+    build.add_argument(
+        "--calibration", type=Path, action="append", default=[], metavar="PATH", help="text to polish on (default: built-in text); may be repeated"
+    )
     _writing(build)
 
     validate = _verb(verbs, "validate", _validate, "check a bundle on this machine's runtime", "packager validate box.bundle --json")
@@ -307,8 +320,29 @@ def _build(arguments: argparse.Namespace) -> int:
 
     loaded = _load(arguments.map)
     with _progress() as progress:
-        built = build(loaded, _request(arguments), arguments.output, validate=not arguments.no_validate, force=arguments.force, progress=progress)
+        built = build(
+            loaded,
+            _request(arguments),
+            arguments.output,
+            validate=not arguments.no_validate,
+            force=arguments.force,
+            progress=progress,
+            polishing=_polishing(arguments),
+        )
     return _show_built(arguments, built)
+
+
+def _polishing(arguments: argparse.Namespace) -> Polishing | None:
+    from packager.errors import UsageError
+
+    if arguments.polish is None:
+        return None
+    if arguments.polish <= 0 or arguments.model is None:
+        raise UsageError("--polish needs minutes above 0 and the map's own model: --polish 10 --model FOLDER")
+    from packager.checkpoint import open_checkpoint
+    from packager.scoring.polish_plan import Polishing
+
+    return Polishing(checkpoint=open_checkpoint(arguments.model), minutes=arguments.polish, calibration_paths=arguments.calibration)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -399,9 +433,11 @@ def _show_built(arguments: argparse.Namespace, built: Any) -> int:
 
     if arguments.json:
         report = built.report.to_dict() if built.report else None
-        print(dump_json({"bundle": str(arguments.output), "plan": built.plan.to_dict(), "report": report}))
+        print(dump_json({"bundle": str(arguments.output), "plan": built.plan.to_dict(), "polish": built.manifest.polish, "report": report}))
     else:
         print(text.plan_text(built.plan))
+        if built.manifest.polish:
+            print(text.polish_text(built.manifest.polish))
         if built.report:
             print(text.report_text(built.report))
         print(f"bundle: {arguments.output}")

@@ -64,7 +64,8 @@ class Predicted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything in a bundle and where it comes from. `bundle_sha256` is over `files`; `measured` comes with validation."""
+    """Everything in a bundle and where it comes from. `bundle_sha256` is over `files`; `measured` comes with validation,
+    `polish` says how block scales were tuned, where they were."""
 
     schema: int
     bundle_sha256: str
@@ -79,13 +80,15 @@ class Manifest:
     predicted: Predicted
     versions: dict[str, str]
     measured: dict[str, Any] | None = None
+    polish: dict[str, Any] | None = None
     cache: str = "float"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `packager.json`."""
         data = asdict(self)
-        if self.measured is None:
-            del data["measured"]
+        for optional in ("measured", "polish"):
+            if data[optional] is None:
+                del data[optional]
         return data
 
 

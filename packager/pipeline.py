@@ -7,6 +7,7 @@ solver and the bundle is built again: cheap, for a build is a copy.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from packager.progress import Progress
 from packager.report import ValidationReport, write_report
 
 if TYPE_CHECKING:
+    from packager.scoring.polish_plan import Polishing
     from packager.scoring.score import ScoreSettings
 
 _ROUNDS = 3
@@ -37,22 +39,21 @@ class Built:
     report: ValidationReport | None
 
 
-def build(loaded: LoadedMap, request: Request, out: Path, *, validate: bool, force: bool, progress: Progress) -> Built:
-    """Write the bundle for `request` to folder `out`, validated on the runtime unless told otherwise.
+def build(loaded: LoadedMap, request: Request, out: Path, *, validate: bool, force: bool, progress: Progress, polishing: Polishing | None = None) -> Built:
+    """Write the bundle for `request` to folder `out`, validated on the runtime unless told otherwise, its block scales
+    tuned against the original model where `polishing` is given.
 
     A bundle whose checks fail is published too, with a report that says so: it is for the caller to refuse it.
     """
     refuse_existing(out, force=force)
     plan = request.plan(loaded)
-    if not validate:
-        with published_folder(out, force=force) as staging:
-            progress.phase("writing the bundle", 1)
-            write_contents(loaded, plan, request.profile, staging)
-            manifest = write_manifest(staging, loaded, plan, request.profile.provider, measured=None)
-            progress.advance()
-        return Built(plan=plan, manifest=manifest, report=None)
     with published_folder(out, force=force) as staging:
-        return _validated(loaded, request, plan, staging, progress)
+        if validate:
+            return _validated(loaded, request, plan, staging, progress, polishing)
+        _stage(loaded, plan, request.profile, staging, progress)
+        polish = _polished(loaded, plan, request.profile, staging, progress, polishing)
+        manifest = write_manifest(staging, loaded, plan, request.profile.provider, measured=None, polish=polish)
+        return Built(plan=plan, manifest=manifest, report=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,7 @@ class _Round:
         }
 
 
-def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress) -> Built:
+def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress, polishing: Polishing | None) -> Built:
     from packager import reference
     from packager.validate import require_supported, validate_bundle
 
@@ -84,13 +85,14 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
     if chosen is not rounds[-1]:
         _stage(loaded, chosen.plan, request.profile, staging, progress)
     plan = chosen.plan
+    polish = _polished(loaded, plan, request.profile, staging, progress, polishing)
     progress.phase("golden outputs in torch", 1)
     torch_side = reference.load_reference(staging, write_manifest(staging, loaded, plan, provider, measured=None))
     reference.write_golden(torch_side, staging / GOLDEN_FILE, context_tokens=plan.context_tokens)
     progress.advance()
-    manifest = write_manifest(staging, loaded, plan, provider, measured=None)
+    manifest = write_manifest(staging, loaded, plan, provider, measured=None, polish=polish)
     report = validate_bundle(staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds], torch_side=torch_side)
-    manifest = write_manifest(staging, loaded, plan, provider, measured=report.measured)
+    manifest = write_manifest(staging, loaded, plan, provider, measured=report.measured, polish=polish)
     write_report(report, staging)
     return Built(plan=plan, manifest=manifest, report=report)
 
@@ -128,11 +130,24 @@ def _next_reserve(last: _Round) -> int | None:
     return None
 
 
-def _stage(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress) -> None:
+def _polished(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress, polishing: Polishing | None) -> dict[str, Any] | None:
+    """Stage the plan again with tuned scales, which changes neither its bytes nor its memory; what there is to say of it."""
+    if polishing is None:
+        return None
+    from packager.scoring.polish_plan import polish_plan
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tuned = Path(scratch, "polished.safetensors")
+        said = polish_plan(loaded, plan, polishing, tuned, progress)
+        _stage(loaded, plan, profile, staging, progress, tuned)
+    return said
+
+
+def _stage(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress, polished: Path | None = None) -> None:
     progress.phase("writing the bundle", 1)
     for path in staging.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_contents(loaded, plan, profile, staging)
+    write_contents(loaded, plan, profile, staging, polished)
     write_manifest(staging, loaded, plan, profile.provider, measured=None)
     progress.advance()
 

@@ -69,6 +69,13 @@ def frontier_text(frontier: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
+def polish_text(polish: Mapping[str, Any]) -> str:
+    """What tuning the block scales came to."""
+    before, after = polish["heldout_divergence_before_nats"], polish["heldout_divergence_after_nats"]
+    kept = f"{polish['units']} units" if polish["units"] else "thrown away, it was no better"
+    return f"polished     {polish['steps']} steps in {polish['minutes']:g} min: divergence on held-out text {before:.4f} -> {after:.4f} nats per token ({kept})"
+
+
 def forms_text(labels: Any) -> str:
     """How many units take each form, the commonest first."""
     return ", ".join(f"{count} × {label}" for label, count in Counter(labels).most_common())

@@ -35,7 +35,7 @@ _WINDOWS_A_STEP = 2
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Polish:
     """Tuned `scales` (rows, blocks) float32 by unit, and the divergence in nats per token on held-out text before and
-    after. `scales` is empty where tuning did not bring the model closer."""
+    after. `scales` is empty where nothing is stored in blocks, or tuning did not bring the model closer."""
 
     scales: dict[str, NDArray[np.float32]]
     before_nats: float
@@ -110,6 +110,8 @@ def polish(
         parametrize.register_parametrization(packed.get_submodule(name), "weight", _Tunable(members), unsafe=True)
     observer = Observer(original, heldout)
     before, _ = observer.measure(packed)
+    if not parts:
+        return Polish(scales={}, before_nats=before, after_nats=before, steps=0)
     steps = _train(original, packed, [part.change for part in parts], windows, seconds, progress)
     after, _ = observer.measure(packed)
     better = after < before
