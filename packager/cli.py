@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from packager import __version__
+from packager import __version__, commands
 from packager.errors import PackagerError
 from packager.profile import PROVIDERS
 
-if TYPE_CHECKING:
-    from packager.plan import LoadedMap, Request
-    from packager.profile import DeviceProfile
-    from packager.scoring.acip import AcipSettings
-    from packager.scoring.polish_plan import Polishing
-    from packager.scoring.score import ScoreSettings
-
 _INTERRUPTED = 130
-_CHECK_FAILED = 3
-_SOME = 8
-_ANY_PROFILE = "laptop-16gb"  # where no device is named: its graphs run here, and it bounds nothing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     pack = _verb(
         verbs,
         "pack",
-        _pack,
+        commands.pack,
         "score, plan, build and validate in one go",
         "packager pack demo --profile edge-box-256mb -o box.bundle\n"
         "  packager pack ./SmolLM2-135M --profile raspberry-pi-5-8gb --budget 300MiB --context 2048 -o pi.bundle",
@@ -74,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--map", type=Path, metavar="MAP", help="where the score map is kept or found (default: MODEL.map beside the bundle)")
     _writing(pack)
 
-    score = _verb(verbs, "score", _score, "compute the score map of a model, once", "packager score ./SmolLM2-135M -o smol.map --calibration my-text.txt")
+    score = _verb(
+        verbs, "score", commands.score, "compute the score map of a model, once", "packager score ./SmolLM2-135M -o smol.map --calibration my-text.txt"
+    )
     score.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, a .gguf file, or 'demo'")
     score.add_argument("-o", "--output", type=Path, required=True, metavar="MAP", help="folder to write")
     _scoring(score)
@@ -84,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _verb(
         verbs,
         "plan",
-        _plan,
+        commands.plan,
         "choose the largest model that fits; needs no model and no runtime",
         "packager plan smol.map --profile edge-box-256mb\n"
         "  packager plan smol.map --profile laptop-16gb --budget 10% --json\n"
@@ -97,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     curve = _verb(
         verbs,
         "curve",
-        _curve,
+        commands.curve,
         "what every size costs: predicted at once, measured on demand",
         "packager curve smol.map\n  packager curve smol.map --profile edge-box-256mb -o curve.svg\n"
         "  packager curve smol.map --measure 30 --text mine.txt -o curve.png",
@@ -110,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--measure",
         type=int,
         nargs="?",
-        const=_SOME,
+        const=commands.SOME_SIZES,
         metavar="N",
         help="build N of them (default: 8, both ends among them) and measure their loss on ONNX Runtime",
     )
@@ -118,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--windows", type=int, default=8, metavar="N", help="windows of 512 tokens of --text to measure on (default: 8)")
     curve.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the curve: FILE.png or FILE.svg (needs the extra 'plot')")
 
-    build = _verb(verbs, "build", _build, "build a bundle from a score map", "packager build smol.map --profile edge-box-256mb -o box.bundle")
+    build = _verb(verbs, "build", commands.build, "build a bundle from a score map", "packager build smol.map --profile edge-box-256mb -o box.bundle")
     build.add_argument("map", type=Path, metavar="MAP")
     _target(build)
     build.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
@@ -136,22 +127,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     _writing(build)
 
-    validate = _verb(verbs, "validate", _validate, "check a bundle on this machine's runtime", "packager validate box.bundle --json")
+    validate = _verb(verbs, "validate", commands.validate, "check a bundle on this machine's runtime", "packager validate box.bundle --json")
     validate.add_argument("bundle", type=Path, metavar="BUNDLE")
 
-    run = _verb(verbs, "run", _run, "generate text with a bundle", 'packager run box.bundle --prompt "What is a solver?"')
+    run = _verb(verbs, "run", commands.run, "generate text with a bundle", 'packager run box.bundle --prompt "What is a solver?"')
     run.add_argument("bundle", type=Path, metavar="BUNDLE")
     run.add_argument("--prompt", required=True, metavar="TEXT")
     run.add_argument("--tokens", type=int, default=128, metavar="N", help="at most this many new tokens (default: 128)")
     run.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
 
-    inspect = _verb(verbs, "inspect", _inspect, "say what a map, plan or bundle holds", "packager inspect smol.map\n  packager inspect box.bundle --json")
+    inspect = _verb(
+        verbs, "inspect", commands.inspect, "say what a map, plan or bundle holds", "packager inspect smol.map\n  packager inspect box.bundle --json"
+    )
     inspect.add_argument("path", type=Path, metavar="PATH")
 
     profiles = _verb(
         verbs,
         "profiles",
-        _profiles,
+        commands.profiles,
         "list the device profiles, show one, or measure this machine's memory coefficients into one",
         "packager profiles\n  packager profiles show edge-box-256mb\n  packager profiles calibrate --base raspberry-pi-5-8gb -o my-pi.toml",
     )
@@ -221,283 +214,6 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
 def _writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-validate", action="store_true", help="skip validation on the runtime")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
-
-
-def _pack(arguments: argparse.Namespace) -> int:
-    from packager.pipeline import pack
-
-    request = _request(arguments)
-    with _progress() as progress:
-        built = pack(
-            arguments.model,
-            request,
-            arguments.output,
-            calibration_paths=arguments.calibration,
-            settings=_settings(arguments, request.profile.provider, float_only=not request.profile.bits),
-            device=arguments.device,
-            validate=not arguments.no_validate,
-            force=arguments.force,
-            progress=progress,
-            cache=arguments.map,
-        )
-    return _show_built(arguments, built)
-
-
-def _score(arguments: argparse.Namespace) -> int:
-    from packager import text
-    from packager.checkpoint import open_checkpoint
-    from packager.scoring.score import score_model
-
-    with _progress() as progress:
-        done = score_model(
-            open_checkpoint(arguments.model),
-            arguments.output,
-            _settings(arguments, arguments.provider, float_only=False),
-            calibration_paths=arguments.calibration,
-            device=arguments.device,
-            force=arguments.force,
-            progress=progress,
-        )
-    identity = done.identity
-    if arguments.json:
-        costs = {"seconds": done.seconds, "peak_bytes": done.peak_bytes, "nats_per_byte": done.nats_per_byte, "warnings": done.warnings}
-        print(json.dumps({"identity": identity.to_dict()} | costs, indent=2))
-        return 0
-    print(f"score map of {identity.model.name} written to {arguments.output}")
-    print(text.score_text(identity, done.nats_per_byte, done.seconds, done.peak_bytes))
-    return 0
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from packager import text
-    from packager.files import dump_json, write_text
-
-    loaded, request = _load(arguments.map), _request(arguments)
-    frontier = request.frontier(loaded) if arguments.context == "auto" else ()
-    plan = frontier[0] if frontier else request.plan(loaded)
-    if arguments.output:
-        write_text(arguments.output, dump_json(plan.to_dict()))
-    if arguments.json:
-        print(dump_json(plan.to_dict() | ({"frontier": text.frontier_dicts(frontier)} if frontier else {})))
-    else:
-        print("\n".join([text.plan_text(plan), *([text.frontier_text(frontier)] if frontier else [])]))
-    return 0
-
-
-def _curve(arguments: argparse.Namespace) -> int:
-    from packager import text
-    from packager.errors import UsageError
-    from packager.files import dump_json, write_bytes
-    from packager.plan import Request
-    from packager.plot import curve_picture, require_plot
-    from packager.profile import load_profile
-    from packager.sweep import evenly, predict
-
-    if arguments.output:
-        require_plot(arguments.output)
-    if arguments.windows < 1:
-        raise UsageError(f"--windows {arguments.windows}: expected at least 1")
-    loaded = _load(arguments.map)
-    profile = load_profile(arguments.profile or _ANY_PROFILE)
-    request = Request(profile=profile, context_tokens=arguments.context)
-    curve, plans = predict(loaded, request, arguments.sizes, by_peak=arguments.profile is not None)
-    wanted = _SOME if arguments.measure is None and arguments.text else arguments.measure
-    if wanted is not None:
-        from packager.measure import heldout_sample, measure, text_sample
-
-        chosen = {position: plans[position] for position in evenly(wanted, len(plans))}
-        with _progress() as progress:
-            sample = text_sample(loaded, arguments.text, arguments.windows) if arguments.text else heldout_sample(loaded)
-            curve = measure(loaded, profile, curve, chosen, sample, progress=progress)
-    if arguments.output:
-        write_bytes(arguments.output, curve_picture(curve, arguments.output.suffix))
-    print(dump_json(curve.to_dict()) if arguments.json else text.curve_text(curve))
-    return 0 if curve.measurement is None or curve.measurement.monotone else _CHECK_FAILED
-
-
-def _build(arguments: argparse.Namespace) -> int:
-    from packager.pipeline import build
-
-    loaded = _load(arguments.map)
-    with _progress() as progress:
-        built = build(
-            loaded,
-            _request(arguments),
-            arguments.output,
-            validate=not arguments.no_validate,
-            force=arguments.force,
-            progress=progress,
-            polishing=_polishing(arguments),
-        )
-    return _show_built(arguments, built)
-
-
-def _polishing(arguments: argparse.Namespace) -> Polishing | None:
-    from packager.errors import UsageError
-
-    if arguments.polish is None:
-        return None
-    if arguments.polish <= 0 or arguments.model is None:
-        raise UsageError("--polish needs minutes above 0 and the map's own model: --polish 10 --model FOLDER")
-    from packager.checkpoint import open_checkpoint
-    from packager.scoring.polish_plan import Polishing
-
-    return Polishing(checkpoint=open_checkpoint(arguments.model), minutes=arguments.polish, calibration_paths=arguments.calibration)
-
-
-def _validate(arguments: argparse.Namespace) -> int:
-    from packager import text
-    from packager.bundle import open_bundle
-    from packager.files import dump_json
-    from packager.report import write_report
-    from packager.validate import validate_bundle
-
-    manifest = open_bundle(arguments.bundle)
-    with _progress() as progress:
-        report = validate_bundle(arguments.bundle, manifest, progress=progress)
-    write_report(report, arguments.bundle)
-    print(dump_json(report.to_dict()) if arguments.json else text.report_text(report))
-    return 0 if report.passed else _CHECK_FAILED
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from packager.bundle import open_bundle
-    from packager.runtime import generate
-
-    open_bundle(arguments.bundle)
-    pieces = generate(arguments.bundle, arguments.prompt, most_tokens=arguments.tokens, chat=not arguments.raw)
-    if arguments.json:
-        print(json.dumps({"prompt": arguments.prompt, "text": "".join(pieces)}, ensure_ascii=False))
-        return 0
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from packager import text
-    from packager.files import dump_json
-
-    described = text.describe(arguments.path)
-    print(dump_json(described) if arguments.json else text.description_text(described))
-    return 0
-
-
-def _profiles(arguments: argparse.Namespace) -> int:
-    from packager import text
-    from packager.errors import UsageError
-    from packager.files import dump_json
-    from packager.profile import load_profile, shipped_profiles
-
-    if arguments.action == "calibrate":
-        return _calibrate(arguments)
-    if arguments.action == "show":
-        if not arguments.name:
-            raise UsageError("profiles show: which one? 'packager profiles' lists them")
-        profile = load_profile(arguments.name)
-        print(dump_json(text.profile_dict(profile)) if arguments.json else text.profile_text(profile))
-        return 0
-    known = [load_profile(name) for name in shipped_profiles()]
-    print(dump_json({"profiles": [text.profile_dict(profile) for profile in known]}) if arguments.json else text.profiles_text(known))
-    return 0
-
-
-def _calibrate(arguments: argparse.Namespace) -> int:
-    from packager import text
-    from packager.errors import ArtifactError, UsageError
-    from packager.files import dump_json, write_text
-    from packager.profile import load_profile, with_memory
-
-    out: Path | None = arguments.output
-    if not arguments.base or out is None or out.suffix != ".toml":
-        raise UsageError("profiles calibrate: expected --base NAME and -o FILE.toml")
-    base = load_profile(arguments.base)
-    if out.exists() and not arguments.force:
-        raise ArtifactError(f"{out} exists already: choose another name, or pass --force to replace it")
-    from packager.calibrate import calibrate
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _progress() as progress:
-        found = calibrate(base, out.parent, progress)
-    write_text(out, with_memory(base, found.section()))
-    print(dump_json(found.to_dict() | {"profile": str(out)}) if arguments.json else text.calibration_text(found))
-    if not arguments.json:
-        print(f"profile: {out}")
-    return 0
-
-
-def _show_built(arguments: argparse.Namespace, built: Any) -> int:
-    from packager import text
-    from packager.files import dump_json
-
-    if arguments.json:
-        report = built.report.to_dict() if built.report else None
-        print(dump_json({"bundle": str(arguments.output), "plan": built.plan.to_dict(), "polish": built.manifest.polish, "report": report}))
-    else:
-        print(text.plan_text(built.plan))
-        if built.manifest.polish:
-            print(text.polish_text(built.manifest.polish))
-        if built.report:
-            print(text.report_text(built.report))
-        print(f"bundle: {arguments.output}")
-    return 0 if built.report is None or built.report.passed else _CHECK_FAILED
-
-
-def _load(path: Path) -> LoadedMap:
-    from packager.plan import load_map
-
-    return load_map(path)
-
-
-def _request(arguments: argparse.Namespace) -> Request:
-    from packager.plan import Request
-    from packager.profile import load_profile
-
-    profile = load_profile(arguments.profile)
-    budget = _budget(arguments.budget, profile)
-    return Request(profile=profile, budget_bytes=budget, context_tokens=arguments.context, cache=arguments.kv_cache)
-
-
-def _budget(text: str | None, profile: DeviceProfile) -> int | None:
-    from packager.sizes import parse_size
-
-    return None if text is None else parse_size(text, of_bytes=profile.memory_bytes)
-
-
-def _settings(arguments: argparse.Namespace, provider: str, *, float_only: bool) -> ScoreSettings:
-    from packager.scoring.score import QUICK_TOKENS, ScoreSettings
-
-    tokens = min(arguments.tokens, QUICK_TOKENS) if arguments.quick else arguments.tokens
-    return ScoreSettings(
-        tokens=tokens,
-        seed=arguments.seed,
-        quick=arguments.quick,
-        provider=provider,
-        float_only=float_only or arguments.float_only,
-        acip=_acip_settings(arguments),
-    )
-
-
-def _acip_settings(arguments: argparse.Namespace) -> AcipSettings | None:
-    """None for the curvature method, whose settings these are not."""
-    from packager.errors import UsageError
-    from packager.scoring.acip import QUICK_ACIP, AcipSettings
-
-    fields = {"steps": "steps", "tokens": "step_tokens", "tuning": "tuning_steps", "rank": "adapter_rank", "rate": "adapter_rate"}
-    fields |= {"stop": "stop_ratio", "basis": "basis"}
-    given = {field: value for name, field in fields.items() if (value := getattr(arguments, f"acip_{name}")) is not None}
-    if arguments.method != "acip":
-        if given:
-            raise UsageError("the --acip-… settings are of another method: add --method acip, or leave them out")
-        return None
-    return dataclasses.replace(QUICK_ACIP if arguments.quick else AcipSettings(), **given)
-
-
-def _progress() -> Any:
-    from packager.bars import Bars
-
-    return Bars()
 
 
 if __name__ == "__main__":

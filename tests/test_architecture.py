@@ -41,6 +41,7 @@ LIGHT = [
     "device_check",
     "memory_probe",
     "caches",
+    "commands",
     "cli",
 ]
 BANDS = [
