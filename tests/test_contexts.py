@@ -77,8 +77,12 @@ def test_a_frontier_trades_loss_for_context_within_the_budget(loaded: LoadedMap,
     if plans[-1].context_tokens < 1024:
         with pytest.raises(InfeasibleBudgetError):
             make_plan(loaded, profile, context_tokens=plans[-1].context_tokens + 1, reserve_bytes=reserve)
-    request = Request(profile=profile, context_tokens=AUTO)
+    request = Request(profile=profile, context_tokens=AUTO, cache="float")
     assert request.plan(loaded, reserve) == plans[0]
+    # With any cache on offer no context costs more, and each is offered once.
+    either = Request(profile=profile, context_tokens=AUTO).frontier(loaded, reserve)
+    assert all(shorter.context_tokens < longer.context_tokens and shorter.loss_nats < longer.loss_nats for shorter, longer in itertools.pairwise(either))
+    assert all(any(other.context_tokens >= plan.context_tokens and other.loss_nats <= plan.loss_nats for other in either) for plan in plans)
 
 
 def test_context_that_costs_nothing_is_taken(loaded: LoadedMap) -> None:
