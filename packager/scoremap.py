@@ -184,7 +184,7 @@ def read_map(folder: Path) -> ScoreMap:
             try:
                 form = parse_form(label)
             except ArtifactError as error:
-                raise ArtifactError(f"{where}: {error}") from None
+                raise ArtifactError(f"{where}: {error}; the map is of another version or damaged: score the model again") from None
             option = Option(form=form, bytes=int(sizes[position]), loss_nats=float(losses[position]))
             exact = form_bytes(form, unit.rows, unit.cols)
             if option.bytes != exact or not math.isfinite(option.loss_nats):
