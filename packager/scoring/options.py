@@ -29,8 +29,8 @@ QUICK_LINEAR_FORMS = ("q8g64", "q6g64", "q4g64z", "q2g64")
 QUICK_VOCABULARY_FORMS = ("q8g64", "q4g64z")
 _MOST_PADDING = 1.06
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
-_RANK_SHARES = (0.25, 0.5)
-_PIVOT_SHARES = (0.25, 0.5, 0.75)
+_RANK_SHARES = (0.25,)
+_PIVOT_SHARES = (0.25, 0.5)
 _FLOAT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _QUICK_FLOAT_SHARES = (0.25, 0.5, 0.75)
 
