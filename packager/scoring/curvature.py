@@ -22,6 +22,8 @@ from packager.forms import BLOCKS
 from packager.scoring.rounding import activation_error
 from packager.scoring.sources import Source
 
+_STATISTICS_BYTES = 3 << 30
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curvature:
@@ -36,6 +38,24 @@ class Curvature:
     pairs: tuple[tuple[Tensor, Tensor], ...]
     rounding: Tensor
     noise: Tensor
+
+
+def groups(sources: Sequence[Source]) -> list[list[Source]]:
+    """Units whose statistics fit in memory together; each group costs one pass over the calibration text.
+
+    The bound is fixed, so that a resumed run finds the groups that it left.
+    """
+    found: list[list[Source]] = [[]]
+    size = 0
+    for source in sources:
+        unit = source.unit
+        cost = 4 * (3 * unit.cols**2 + (unit.rows**2 if unit.kind == "linear" else unit.cols**2))
+        if found[-1] and size + cost > _STATISTICS_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(source)
+        size += cost
+    return found
 
 
 def collect(

@@ -1,62 +1,65 @@
 """The one computation per model: checkpoint and calibration text in, a `.map` folder out.
 
-Finished work lies in a folder beside the target until the map is whole: curvature by group of units, options by
-unit, measurements one by one. A killed run resumes from there; another model, text or setting starts anew.
+Finished work lies in a folder beside the target until the map is whole, and a killed run resumes from there: see
+`packager.scoring.work`.
 """
 
 from __future__ import annotations
 
-import glob
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import psutil
 import torch
-from safetensors import safe_open
 from safetensors.numpy import save_file
-from safetensors.torch import load_file as load_torch
-from safetensors.torch import save_file as save_torch
 
 from packager.checkpoint import Checkpoint, vectors
 from packager.curve import Anchor, monotone
 from packager.errors import CalibrationError
 from packager.files import dump_json, published_folder, read_json, refuse_existing, sha256_file, sha256_json, write_text
-from packager.forms import parse_form
 from packager.geometry import read_geometry
 from packager.graph.caches import CACHE_ROLES, cache_facts, scale_name
-from packager.graph.packing import dequantize
 from packager.graph.skeleton import GRAPH_FILE, export_skeleton
 from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity, Probe, read_identity, require_model
 from packager.limits import peak_bytes
 from packager.progress import Progress
-from packager.scoremap import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, Option, ScoreMap, Unit, front, make_map, map_tensors
+from packager.scoremap import IDENTITY_FILE, MAP_FILE, SCHEMA, Option, ScoreMap, make_map, map_tensors
 from packager.scoring.acip import AcipSettings, check_reachable
 from packager.scoring.acip_map import Ranking, learn, load_start, prepare, ranked_options, start_path
 from packager.scoring.caches import score_cache
 from packager.scoring.calibration import Calibration, load_calibration, nats_per_byte, unfamiliar
-from packager.scoring.curvature import Curvature, collect
+from packager.scoring.curvature import Curvature, collect, groups
 from packager.scoring.ledger import Ledger
 from packager.scoring.options import Kernels, score_unit
 from packager.scoring.probes import Observer, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
 from packager.scoring.sources import Source, find_sources
+from packager.scoring.work import (
+    LEDGER_FILE,
+    curvature_path,
+    load_curvature,
+    load_options,
+    load_weights,
+    open_work,
+    options_path,
+    save_curvature,
+    save_options,
+    write_store,
+)
 from packager.solver import choice_at, total_loss
-from packager.store import StoredTensor, join, read_header, sha256_region
 
 REFERENCE_FILE = "reference.safetensors"
 SKELETON_FOLDER = "skeleton"
 SIDE_FOLDER = "model"
-_STATISTICS_BYTES = 3 << 30
 QUICK_TOKENS = 8192
 QUICK_ANCHOR_NATS = (0.01, 0.05, 0.2, 0.8)
 ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
 _NOISY_NATS = 0.05
-_LEDGER_FILE = "measured.json"
 _CACHE_WINDOWS = 16
 _PROBE_WINDOWS = 4  # divergences are far less noisy than rises of the loss: half the windows do
 
@@ -125,7 +128,7 @@ def score_model(
     calibration = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
     model = checkpoint.load(_dtype(checkpoint)).to(device)
     model_hash = checkpoint.sha256()
-    work = _work_folder(out, model_hash, calibration, settings)
+    work = open_work(out, _work_key(model_hash, calibration, settings))
     progress.advance()
     lap("read")
     matrices, nodes = export_skeleton(config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider)
@@ -136,16 +139,17 @@ def score_model(
     rankings = _rankings(model, sources, calibration, settings, work, progress) if settings.acip else {}
     if settings.acip:
         lap("acip")
-    for number, group in enumerate(_groups(sources)):
-        if all(_part(work, source.unit).exists() for source in group):
+    for number, group in enumerate(groups(sources)):
+        if all(options_path(work, source.unit).exists() for source in group):
             continue
-        curvature = _curvature(model, group, calibration, settings, work / f"curvature-{number}.safetensors", progress)
+        curvature = _curvature(model, group, calibration, settings, curvature_path(work, number), progress)
         lap("curvature")
         progress.phase("rounding and pricing options", len(group))
         for source in group:
-            _score_part(work, source, model, curvature[source.unit.name], settings, rankings.get(source.unit.name))
+            if not options_path(work, source.unit).exists():
+                _score(work, source, model, curvature[source.unit.name], settings, rankings.get(source.unit.name))
             progress.advance()
-        (work / f"curvature-{number}.safetensors").unlink(missing_ok=True)
+        curvature_path(work, number).unlink(missing_ok=True)
         del curvature  # before the next group's: it is the largest thing in memory
         lap("options")
     heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
@@ -157,12 +161,14 @@ def score_model(
         progress.warn(warning)
     progress.phase("measuring an 8-bit cache", 1)
     facts = cache_facts(ir.load(work / SKELETON_FOLDER / settings.provider / GRAPH_FILE).graph, settings.provider)
-    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], heldout[:_PROBE_WINDOWS], Ledger(work / _LEDGER_FILE))
+    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], heldout[:_PROBE_WINDOWS], Ledger(work / LEDGER_FILE))
     progress.advance()
     lap("cache")
     progress.phase("writing the map", 1)
     with published_folder(out, force=force) as staging:
-        _write_store(work, sources, scoremap, staging)
+        write_store(work, scoremap, staging)
+        arrays, metadata = map_tensors(scoremap)
+        save_file(arrays, staging / MAP_FILE, metadata=metadata)
         shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
         checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
@@ -222,52 +228,16 @@ def map_matches(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, c
     return bool(identity.settings == asdict(settings) and identity.calibration.sha256 == calibration.sha256)
 
 
-def _work_folder(out: Path, model_hash: str, calibration: Calibration, settings: ScoreSettings) -> Path:
-    """Where unfinished work lies; emptied when it belongs to another model, text or setting."""
-    work = out.parent / f".{out.name}.work"
-    key = sha256_json({"model": model_hash, "calibration": calibration.sha256, "settings": asdict(settings), "schema": SCHEMA})
-    marker = work / "key"
-    if work.exists() and (not marker.is_file() or marker.read_text() != key):
-        shutil.rmtree(work)
-    for staged in out.parent.glob(f".{glob.escape(out.name)}.staging-*"):
-        shutil.rmtree(staged)  # what a run that was killed while it wrote the map has left
-    work.mkdir(parents=True, exist_ok=True)
-    write_text(marker, key)
-    return work
-
-
-def _groups(sources: Sequence[Source]) -> list[list[Source]]:
-    """Units whose statistics fit in memory together; each group costs one pass over the calibration text.
-
-    The bound is fixed, so that a resumed run finds the groups that it left.
-    """
-    groups: list[list[Source]] = [[]]
-    size = 0
-    for source in sources:
-        unit = source.unit
-        cost = 4 * (3 * unit.cols**2 + (unit.rows**2 if unit.kind == "linear" else unit.cols**2))
-        if groups[-1] and size + cost > _STATISTICS_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(source)
-        size += cost
-    return groups
+def _work_key(model_hash: str, calibration: Calibration, settings: ScoreSettings) -> dict[str, Any]:
+    """What finished work depends on: another model, text or setting starts anew."""
+    return {"model": model_hash, "calibration": calibration.sha256, "settings": asdict(settings), "schema": SCHEMA}
 
 
 def _curvature(
     model: torch.nn.Module, group: Sequence[Source], calibration: Calibration, settings: ScoreSettings, cache: Path, progress: Progress
 ) -> dict[str, Curvature]:
     if cache.is_file():
-        stored = load_torch(cache, device=str(next(model.parameters()).device))
-        names = [source.unit.name for source in group]
-        return {
-            name: Curvature(
-                pairs=tuple((stored[f"{name}|{i}|h"], stored[f"{name}|{i}|g"]) for i in range(2) if f"{name}|{i}|h" in stored),
-                rounding=stored[f"{name}|rounding"],
-                noise=stored[f"{name}|noise"],
-            )
-            for name in names
-        }
+        return load_curvature(cache, [source.unit.name for source in group], next(model.parameters()).device)
     progress.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
     done = 0
 
@@ -277,18 +247,12 @@ def _curvature(
         done = count
 
     curvature = collect(model, group, calibration.windows, seed=settings.seed, batch=1, sampled=settings.sampled_labels, progress=advance)
-    tensors = {}
     for name, item in curvature.items():
-        tensors[f"{name}|rounding"], tensors[f"{name}|noise"] = item.rounding.cpu(), item.noise.cpu()
-        for index, (hessian, gradient) in enumerate(item.pairs):
-            if not bool(torch.isfinite(hessian).all() and torch.isfinite(gradient).all()):
-                raise CalibrationError(
-                    f"{name}: its activations on the calibration text are not finite: the model overflows in float32 or the checkpoint is damaged"
-                )
-            tensors[f"{name}|{index}|h"], tensors[f"{name}|{index}|g"] = hessian.cpu().clone(), gradient.cpu().clone()
-    temporary = cache.with_suffix(".writing")
-    save_torch(tensors, temporary)
-    temporary.rename(cache)
+        if not all(bool(torch.isfinite(matrix).all()) for pair in item.pairs for matrix in pair):
+            raise CalibrationError(
+                f"{name}: its activations on the calibration text are not finite: the model overflows in float32 or the checkpoint is damaged"
+            )
+    save_curvature(cache, curvature)
     return curvature
 
 
@@ -298,12 +262,12 @@ def _rankings(
     """ACIP's ranking of every linear unit. Curvature comes first: it gives the directions that are trained."""
     assert settings.acip is not None
     linear = [source for source in sources if source.unit.kind == "linear"]
-    if all(_part(work, source.unit).exists() for source in linear):
+    if all(options_path(work, source.unit).exists() for source in linear):
         return {}
-    for number, group in enumerate(_groups(sources)):
+    for number, group in enumerate(groups(sources)):
         missing = [source for source in group if source.unit.kind == "linear" and not start_path(work, source.unit).exists()]
         if missing:
-            curvature = _curvature(model, group, calibration, settings, work / f"curvature-{number}.safetensors", progress)
+            curvature = _curvature(model, group, calibration, settings, curvature_path(work, number), progress)
             progress.phase("taking layers apart", len(missing))
             for source in missing:
                 prepare(work, source, model, curvature[source.unit.name], settings.acip)
@@ -312,42 +276,16 @@ def _rankings(
     return learn(work, model, linear, calibration.windows, settings.acip, seed=settings.seed, adapt_whole=adapt_whole, progress=progress)
 
 
-def _part(work: Path, unit: Unit) -> Path:
-    return work / f"unit-{unit.name}.safetensors"
-
-
 @torch.no_grad()
-def _score_part(work: Path, source: Source, model: torch.nn.Module, curvature: Curvature, settings: ScoreSettings, ranking: Ranking | None) -> None:
-    """The options of one unit into one file: those that no other beats in both bytes and price."""
-    path = _part(work, source.unit)
-    if path.exists():
-        return
+def _score(work: Path, source: Source, model: torch.nn.Module, curvature: Curvature, settings: ScoreSettings, ranking: Ranking | None) -> None:
+    """The options of one unit, made by the method that was asked for, into its file."""
     unit, weights = source.unit, source.weight(model)
     if ranking is None:
         made = score_unit(unit, weights, curvature, quick=settings.quick, kernels=settings.kernels)
     else:
         start = load_start(work, unit, weights.device)
         made = ranked_options(unit, weights, curvature, start, ranking, quick=settings.quick, kernels=settings.kernels)
-    scored = {item.option.form.label: item for item in made}
-    chain = front([item.option for item in scored.values()])
-    tensors = {f"{option.form.label}|{name}": tensor for option in chain for name, tensor in scored[option.form.label].tensors.items()}
-    described = json.dumps([[option.form.label, option.bytes, option.loss_nats] for option in chain])
-    temporary = path.with_suffix(".writing")
-    save_file(tensors, temporary, metadata={"options": described})
-    temporary.rename(path)
-
-
-def _part_options(work: Path, source: Source) -> list[Option]:
-    _, metadata = read_header(_part(work, source.unit))
-    return [Option(form=parse_form(label), bytes=size, loss_nats=loss) for label, size, loss in json.loads(metadata["options"])]
-
-
-def _load_option(work: Path, source: Source, option: Option) -> torch.Tensor:
-    """The weights that an option of a unit stands for, from the unit's file."""
-    unit = source.unit
-    with safe_open(_part(work, unit), framework="numpy") as file:
-        tensors = {name: file.get_tensor(f"{option.form.label}|{name}") for name in option.form.tensors(unit.rows, unit.cols)}
-    return torch.from_numpy(dequantize(option.form, tensors, unit.rows, unit.cols))
+    save_options(work, unit, made)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,11 +306,11 @@ def _measure(
     ACIP's prices take one factor for the whole depth: several would change its order.
     """
     units = [source.unit for source in sources]
-    options = [_part_options(work, source) for source in sources]
-    ledger = Ledger(work / _LEDGER_FILE)
+    options = [load_options(work, unit) for unit in units]
+    ledger = Ledger(work / LEDGER_FILE)
 
     def load(source: Source, option: Option) -> torch.Tensor:
-        return _load_option(work, source, option)
+        return load_weights(work, source.unit, option)
 
     def ask(observer: Observer, windows: int, chosen: dict[str, Option]) -> tuple[float, float]:
         """Divergence and rise with the chosen options, from the ledger where they were measured before."""
@@ -406,18 +344,3 @@ def _measure(
         anchors.append(Anchor(priced_nats=total_loss(scoremap, choice), measured_nats=measured))
         progress.advance()
     return scoremap, _Measured(token_nats=observer.token_nats, probes=tuple(probes), anchors=monotone(anchors))
-
-
-def _write_store(work: Path, sources: Sequence[Source], scoremap: ScoreMap, out: Path) -> None:
-    """Join what the map needs of the units' files into one store, and write the score map."""
-    entries: list[tuple[str, StoredTensor]] = []
-    for source, chain in zip(sources, scoremap.options, strict=True):
-        tensors, _ = read_header(_part(work, source.unit))
-        for option in chain:
-            for name in option.form.tensors(source.unit.rows, source.unit.cols):
-                key = f"{option.form.label}|{name}"
-                entries.append((f"{source.unit.name}|{key}", tensors[key]))
-    join(entries, out / STORE_FILE)
-    write_text(out / DIGESTS_FILE, dump_json({key: sha256_region(tensor.region) for key, tensor in entries}))
-    arrays, metadata = map_tensors(scoremap)
-    save_file(arrays, out / MAP_FILE, metadata=metadata)
