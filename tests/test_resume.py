@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Pico
 
+import packager.scoring.acip_map
+import packager.scoring.options
 import packager.scoring.score
 from packager.checkpoint import open_checkpoint
 from packager.identity import read_identity
 from packager.progress import Silent
 from packager.scoremap import read_map
+from packager.scoring.acip_map import labels_ranked
 from packager.scoring.ledger import Ledger
+from packager.scoring.options import Kernels
 from packager.scoring.probes import Observer, anchor_prefixes
 from packager.scoring.score import QUICK_ANCHOR_NATS, ScoreSettings, score_model
 
@@ -122,6 +127,43 @@ def test_a_killed_run_is_resumed_and_nothing_is_done_twice(
     assert [path.name for path in tmp_path.iterdir()] == ["out.map"]
     for file in ("scoremap.safetensors", "store.safetensors", "map.json"):
         assert (out / file).read_bytes() == (maps("llama") / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("change", ["nothing", "packager", "torch", "forms"])
+def test_work_of_another_version_or_set_of_forms_is_not_gone_on_with(
+    change: str, picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(Exception):
+        """Scoring came as far as the skeleton."""
+
+    def stop(*arguments: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(packager.scoring.score, "export_skeleton", stop)
+
+    def begin() -> None:
+        with pytest.raises(StoppedError):
+            score_model(open_checkpoint(str(picos("llama").folder)), tmp_path / "out.map", SETTINGS, calibration_paths=[calibration_text], progress=Silent())
+
+    begin()
+    finished = tmp_path / ".out.map.work" / "unit-one.safetensors"
+    finished.touch()
+    if change == "packager":
+        monkeypatch.setattr(packager.scoring.score, "__version__", "0.0.9")
+    elif change == "torch":
+        monkeypatch.setattr(torch, "__version__", "99.1.0")
+    elif change == "forms":
+        monkeypatch.setattr(packager.scoring.options, "QUICK_LINEAR_FORMS", ("q8g64", "q4g64z"))
+    begin()
+    assert finished.exists() is (change == "nothing")
+
+
+@pytest.mark.parametrize("kernels", [Kernels(), Kernels(low_bit=False)])
+def test_the_labels_tell_when_acip_tries_other_forms(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = labels_ranked(32, quick=False, kernels=kernels)
+    assert len(before) == len(set(before))
+    monkeypatch.setattr(packager.scoring.acip_map, "_SHARES", (0.25, 0.5))
+    assert labels_ranked(32, quick=False, kernels=kernels) != before
 
 
 def test_a_ledger_measures_once(tmp_path: Path) -> None:

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from packager.forms import BLOCKS, BlockForm, FloatForm, LowRankForm
+from packager.forms import BLOCKS, BlockForm, FloatForm, LowRankForm, activation_block
 from packager.progress import Progress
 from packager.scoremap import Option, Unit
 from packager.scoring.acip import AcipSettings, Adapter, Outcome, Start, train
 from packager.scoring.curvature import Curvature
-from packager.scoring.factored import Arrays, low_rank, stored
+from packager.scoring.factored import low_rank, stored
 from packager.scoring.gates import OPEN, SCALE, shares_along, stored_elements, total_order
 from packager.scoring.lowrank import Spectrum, decompose
-from packager.scoring.options import Kernels, Scored
+from packager.scoring.options import Kernels, Scored, large_unit
 from packager.scoring.rounding import activation_price, feedback, price
 from packager.scoring.sources import Source
 
@@ -133,36 +133,48 @@ def ranks_for(unit: Unit, adapter_rank: int, *, quick: bool, low_bit: bool) -> l
     return sorted((rank for rank in ranks if rank >= max(adapter_rank, 1)), reverse=True)
 
 
+def forms_ranked(unit: Unit, adapter_rank: int, *, quick: bool, kernels: Kernels) -> list[FloatForm | BlockForm | LowRankForm]:
+    """The forms worth trying for a linear unit that was ranked: whole, whole in blocks, and pairs of factors."""
+    whole = FloatForm(label=kernels.floats)
+    ranks = ranks_for(unit, adapter_rank, quick=quick, low_bit=kernels.low_bit)
+    pairs = [LowRankForm(rank=rank, factors=_FACTORS if kernels.low_bit else whole) for rank in ranks]
+    return [whole, *((_WHOLE_8, _WHOLE_4) if kernels.low_bit else ()), *pairs]
+
+
+def labels_ranked(adapter_rank: int, *, quick: bool, kernels: Kernels) -> list[str]:
+    """Labels of the forms that a large linear unit is tried in."""
+    return [form.label for form in forms_ranked(large_unit("linear"), adapter_rank, quick=quick, kernels=kernels)]
+
+
 def ranked_options(unit: Unit, weights: Tensor, curvature: Curvature, start: Start, ranking: Ranking, *, quick: bool, kernels: Kernels) -> Iterator[Scored]:
-    """Every option of a linear unit with weights (rows, cols): whole, whole in blocks, and pairs of factors."""
+    """Every option of a linear unit with weights (rows, cols)."""
     weights = weights.float()
     ((hessian, gradient),) = curvature.pairs
     spread = feedback(curvature.rounding)
-
-    def rounded(form: BlockForm) -> float:
-        """What rounding the inputs of codes costs."""
-        return activation_price(weights, curvature.noise[BLOCKS.index(form.block)], gradient) if kernels.rounds_inputs else 0.0
-
-    whole = FloatForm(label=kernels.floats)
-    _, tensors = stored(weights, whole, spread)
-    yield _scored(whole, 0.0, tensors)
     adapter = _on(ranking.adapter, weights.device)
     adapter_rank = len(adapter.down)
-    if kernels.low_bit:
-        values, tensors = stored(weights, _WHOLE_8, spread)
-        yield _scored(_WHOLE_8, price(values - weights, hessian, gradient) + rounded(_WHOLE_8), tensors)
-        # The last step before factors: the adapter is merged as far as the order has come by then.
-        merged = weights + _last_whole(unit, ranking, adapter_rank) * (adapter.up @ adapter.down)
-        values, tensors = stored(merged, _WHOLE_4, spread)
-        yield _scored(_WHOLE_4, price(values - merged, hessian, gradient) + rounded(_WHOLE_4), tensors)
-    for rank in ranks_for(unit, adapter_rank, quick=quick, low_bit=kernels.low_bit):
-        kept = rank - adapter_rank
-        target = folded(start, ranking.directions[:kept], adapter, float(ranking.strength[kept]))
-        form = LowRankForm(rank=rank, factors=_FACTORS if kernels.low_bit else whole)
-        wanted = target.left @ target.right
-        values, tensors = low_rank(wanted, target, form, spread)
-        extra = rounded(_FACTORS) if kernels.low_bit else 0.0
-        yield _scored(form, float(ranking.nats[kept]) + price(values - wanted, hessian, gradient) + extra, tensors)
+    for form in forms_ranked(unit, adapter_rank, quick=quick, kernels=kernels):
+        match form:
+            case FloatForm():
+                (values, tensors), wanted, loss = stored(weights, form, spread), weights, 0.0
+            case BlockForm():
+                # The last step before factors: the adapter is merged as far as the order has come by then.
+                merged = form == _WHOLE_4
+                wanted = weights + _last_whole(unit, ranking, adapter_rank) * (adapter.up @ adapter.down) if merged else weights
+                values, tensors = stored(wanted, form, spread)
+                loss = 0.0
+            case LowRankForm(rank=rank):
+                kept = rank - adapter_rank
+                target = folded(start, ranking.directions[:kept], adapter, float(ranking.strength[kept]))
+                wanted = target.left @ target.right
+                values, tensors = low_rank(wanted, target, form, spread)
+                loss = float(ranking.nats[kept])
+        if not isinstance(form, FloatForm):
+            loss += price(values - wanted, hessian, gradient)
+        if kernels.rounds_inputs and (block := activation_block(form)) is not None:
+            loss += activation_price(weights, curvature.noise[BLOCKS.index(block)], gradient)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)
 
 
 def folded(start: Start, directions: NDArray[np.int64], adapter: Adapter, strength: float) -> Spectrum:
@@ -187,7 +199,3 @@ def _last_whole(unit: Unit, ranking: Ranking, adapter_rank: int) -> float:
 
 def _on(adapter: Adapter, device: torch.device) -> Adapter:
     return Adapter(up=adapter.up.to(device), down=adapter.down.to(device))
-
-
-def _scored(form: FloatForm | BlockForm | LowRankForm, loss: float, tensors: Arrays) -> Scored:
-    return Scored(option=Option(form=form, bytes=sum(tensor.nbytes for tensor in tensors.values()), loss_nats=loss), tensors=tensors)

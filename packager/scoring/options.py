@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packager.forms import BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, activation_block, parse_form
-from packager.scoremap import Option, Unit
+from packager.scoremap import KINDS, Option, Unit
 from packager.scoring.curvature import Curvature
 from packager.scoring.factored import low_rank, pivoted, stored
 from packager.scoring.lowrank import Spectrum, decompose
@@ -74,6 +74,16 @@ def forms_for(unit: Unit, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> lis
         forms += [LowRankForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _RANK_SHARES, _FACTORS.block)]
         forms += [PivotForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _PIVOT_SHARES, _FACTORS.block)]
     return forms
+
+
+def large_unit(kind: str) -> Unit:
+    """A unit for which no form is too long: what is tried for it is all that is ever tried."""
+    return Unit(name=kind, kind=kind, rows=1 << 12, cols=1 << 12, matrix=kind)
+
+
+def forms_tried(*, quick: bool, kernels: Kernels) -> list[str]:
+    """Every kind of unit with the labels of the forms it is tried in."""
+    return [f"{kind} {form.label}" for kind in KINDS for form in forms_for(large_unit(kind), quick=quick, kernels=kernels)]
 
 
 def _ranks(unit: Unit, shares: Sequence[float], multiple: int) -> list[int]:

@@ -19,6 +19,7 @@ import psutil
 import torch
 from safetensors.numpy import save_file
 
+from packager import __version__
 from packager.checkpoint import Checkpoint, vectors
 from packager.curve import Anchor, monotone
 from packager.errors import CalibrationError
@@ -31,12 +32,12 @@ from packager.limits import peak_bytes
 from packager.progress import Progress
 from packager.scoremap import IDENTITY_FILE, MAP_FILE, SCHEMA, Option, ScoreMap, make_map, map_tensors
 from packager.scoring.acip import AcipSettings, check_reachable
-from packager.scoring.acip_map import Ranking, learn, load_start, prepare, ranked_options, start_path
+from packager.scoring.acip_map import Ranking, labels_ranked, learn, load_start, prepare, ranked_options, start_path
 from packager.scoring.caches import score_cache
 from packager.scoring.calibration import Calibration, load_calibration, nats_per_byte, unfamiliar
 from packager.scoring.curvature import Curvature, collect, groups
 from packager.scoring.ledger import Ledger
-from packager.scoring.options import Kernels, score_unit
+from packager.scoring.options import Kernels, forms_tried, score_unit
 from packager.scoring.probes import Observer, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
 from packager.scoring.sources import Source, find_sources
 from packager.scoring.work import (
@@ -229,8 +230,18 @@ def map_matches(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, c
 
 
 def _work_key(model_hash: str, calibration: Calibration, settings: ScoreSettings) -> dict[str, Any]:
-    """What finished work depends on: another model, text or setting starts anew."""
-    return {"model": model_hash, "calibration": calibration.sha256, "settings": asdict(settings), "schema": SCHEMA}
+    """What finished work depends on: another model, text, setting, version or set of forms starts anew."""
+    forms = forms_tried(quick=settings.quick, kernels=settings.kernels)
+    if settings.acip:
+        forms += labels_ranked(settings.acip.adapter_rank, quick=settings.quick, kernels=settings.kernels)
+    return {
+        "model": model_hash,
+        "calibration": calibration.sha256,
+        "settings": asdict(settings),
+        "schema": SCHEMA,
+        "versions": {"packager": __version__, "torch": torch.__version__},
+        "forms": forms,
+    }
 
 
 def _curvature(
