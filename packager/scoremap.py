@@ -21,7 +21,7 @@ from packager.files import dump_json
 from packager.forms import Form, form_bytes, parse_form
 from packager.records import from_plain
 
-SCHEMA = 1
+SCHEMA = 2
 MAP_FILE = "scoremap.safetensors"
 STORE_FILE = "store.safetensors"
 IDENTITY_FILE = "map.json"

@@ -118,3 +118,10 @@ def test_a_map_cut_short_is_refused(folder: Path) -> None:
 
 def test_a_folder_without_map(tmp_path: Path) -> None:
     assert message(tmp_path) == f"{tmp_path} is not a score map ({MAP_FILE} is missing): make one with 'packager score'"
+
+
+def test_a_map_of_the_schema_before_says_to_score_again(folder: Path) -> None:
+    path = folder / MAP_FILE
+    metadata, arrays = read_header(path)[1], load_file(path)
+    save_file(arrays, path, metadata={key: value.replace('"schema": 2', '"schema": 1') for key, value in metadata.items()})
+    assert message(folder) == f"{path} has schema 1, this version reads 2: score the model again"

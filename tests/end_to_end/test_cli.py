@@ -478,7 +478,7 @@ def test_a_map_of_a_later_version_is_refused(maps: Callable[[str], Path], profil
     folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
     edited(lambda identity: identity.update(schema=99), folder / "map.json")
     done = packager_("plan", folder, "--profile", profile)
-    assert (done.code, done.err) == (1, f"packager: {folder / 'map.json'} has schema 99, this version reads 1: score the model again\n")
+    assert (done.code, done.err) == (1, f"packager: {folder / 'map.json'} has schema 99, this version reads 2: score the model again\n")
 
 
 def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
