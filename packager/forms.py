@@ -8,6 +8,7 @@ Shapes: a matrix W has `rows` = N outputs and `cols` = K inputs, y = W x. Blocks
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -158,6 +159,7 @@ class SplitForm:
 Form = FloatForm | BlockForm | LowRankForm | PivotForm | SplitForm
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def parse_form(label: str) -> Form:
     """The form a label names: "f32", "f16", "q4g64", "q2g32z", "q6g64", "r64.q8g32", "p100.f32"."""
     if label in _FLOATS:
@@ -178,6 +180,7 @@ def parse_form(label: str) -> Form:
     )
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def form_bytes(form: Form, rows: int, cols: int) -> int:
     """Bytes of all tensors of a (rows, cols) matrix in `form`, as they lie in the file."""
     return sum(spec.bytes for spec in form.tensors(rows, cols).values())

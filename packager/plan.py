@@ -5,6 +5,7 @@ The same map, profile and budget give the same bytes of `plan.json`: it holds no
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from packager.files import read_json, sha256_file, sha256_json
 from packager.forms import Form, form_bytes, form_nodes, kernel_bits, parse_form
 from packager.identity import MapIdentity, read_identity
 from packager.memory import Geometry, MemoryEstimate, Role, estimate, looked_up_bytes, resident_bytes
-from packager.profile import DeviceProfile, load_profile, shipped_profiles
+from packager.profile import DeviceProfile, MemoryCoefficients, load_profile, shipped_profiles
 from packager.records import from_plain
 from packager.scoremap import IDENTITY_FILE, ScoreMap, Unit, read_map, restricted, reweighed
 from packager.shortfall import explain
@@ -288,14 +289,20 @@ def _runs_on(profile: DeviceProfile) -> Callable[[Unit, Form], bool]:
 
 def _weigh(unit: Unit, form: Form, geometry: Geometry, profile: DeviceProfile, context: int) -> tuple[int, int, int]:
     """(resident bytes, those only looked up, file bytes of what is multiplied) of a unit in a form."""
-    role, coefficients = role_of(unit), profile.coefficients
-    # A part of the vocabulary is looked up by its share of the tokens.
-    tokens = -(-context * unit.rows // geometry.vocab)
-    resident = resident_bytes(form, unit.rows, unit.cols, role=role, coefficients=coefficients, context_tokens=tokens)
+    role = role_of(unit)
+    # A part of the vocabulary is looked up by its share of the tokens. What is only multiplied does not depend on them.
+    tokens = -(-context * unit.rows // geometry.vocab) if role in ("embedding", "tied") else None
+    return _weighed(form, unit.rows, unit.cols, role, profile.coefficients, tokens)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _weighed(form: Form, rows: int, cols: int, role: Role, coefficients: MemoryCoefficients, tokens: int | None) -> tuple[int, int, int]:
+    """As `_weigh` says. Kept, because layers share a few shapes, and caches and contexts share most of what they weigh."""
+    resident = resident_bytes(form, rows, cols, role=role, coefficients=coefficients, context_tokens=tokens)
     # The skeleton's nodes are in the geometry; what a form adds to them weighs too.
     resident += (form_nodes(form) - 1) * coefficients.session_bytes_per_node
-    looked_up = looked_up_bytes(form, unit.rows, unit.cols, role=role, coefficients=coefficients, context_tokens=tokens)
-    return resident, looked_up, 0 if role == "embedding" else form_bytes(form, unit.rows, unit.cols)
+    looked_up = looked_up_bytes(form, rows, cols, role=role, coefficients=coefficients, context_tokens=tokens)
+    return resident, looked_up, 0 if role == "embedding" else form_bytes(form, rows, cols)
 
 
 def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryEstimate, profile: DeviceProfile, budget: int, context: int) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ def from_plain(kind: type[Record], data: Any, where: str) -> Record:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - set(fields)):
         raise ArtifactError(f"{where}: key {unknown[0]!r} is unknown: the file is damaged, or of another version")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -30,6 +31,12 @@ def from_plain(kind: type[Record], data: Any, where: str) -> Record:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ArtifactError(f"{where}: key {name!r} is missing: the file is damaged, or of another version")
     return kind(**values)
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Types of the fields, looked up once for each kind: a map has hundreds of the same."""
+    return get_type_hints(kind)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

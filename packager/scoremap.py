@@ -129,6 +129,8 @@ def restricted(scoremap: ScoreMap, allowed: Callable[[Unit, Form], bool]) -> Sco
     for unit, chain in zip(scoremap.units, kept, strict=True):
         if not chain:
             raise ArtifactError(f"unit {unit.name}: none of its options runs on this device; score again with options it has kernels for")
+    if all(len(some) == len(chain) for some, chain in zip(kept, scoremap.options, strict=True)):
+        return scoremap
     return make_map(scoremap.units, kept)
 
 
