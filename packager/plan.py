@@ -330,6 +330,7 @@ def _plan(loaded: LoadedMap, view: ScoreMap, solution: Solution, memory: MemoryE
 
 
 def _infeasible(loaded: LoadedMap, profile: DeviceProfile, budget: int, context: int, reserve: int) -> InfeasibleBudgetError:
+    int8_left = loaded.cache == caches.FLOAT and caches.INT8 in caches.offered(loaded.identity, profile.provider, caches.AUTO)[0]
     shortfall = explain(
         profile,
         budget_bytes=budget,
@@ -338,6 +339,7 @@ def _infeasible(loaded: LoadedMap, profile: DeviceProfile, budget: int, context:
         reserve_bytes=reserve,
         smallest=lambda device, tokens: smallest_memory(loaded, device, tokens),
         others=[load_profile(name) for name in shipped_profiles()],
+        coded=(lambda device, tokens: smallest_memory(loaded.with_cache(caches.INT8), device, tokens)) if int8_left else None,
     )
     return InfeasibleBudgetError(shortfall.text(), budget_bytes=budget, minimum_bytes=shortfall.minimum_bytes, shortfall=shortfall.to_dict())
 

@@ -70,7 +70,9 @@ class Shortfall:
             lines.append(f"  {term.name:28} {format_size(term.bytes):>10} {beyond:>10}  {self._bar(start, start + term.bytes)}".rstrip())
             start += term.bytes
         lines.append(f"  {'together':28} {format_size(self.minimum_bytes):>10} {format_size(self.minimum_bytes - self.budget_bytes):>10}")
-        lines.append("what would fit:" if self.remedies else "nothing would fit: no shorter context, no budget on this device, no shipped profile")
+        lines.append(
+            "what would fit:" if self.remedies else "nothing would fit: no shorter context, no smaller cache, no budget on this device, no shipped profile"
+        )
         lines += [f"  {item.arguments:30} {item.reason}; needs {format_size(item.peak_bytes)} of {format_size(item.budget_bytes)}" for item in self.remedies]
         if self.remedies and not any(item.arguments.startswith("--context") for item in self.remedies):
             lines.append("no context is short enough for this budget")
@@ -91,8 +93,10 @@ def explain(
     reserve_bytes: int,
     smallest: Smallest,
     others: Sequence[DeviceProfile],
+    coded: Smallest | None = None,
 ) -> Shortfall:
-    """What is missing at `context_tokens`, and what would do: a context down to `shortest_tokens`, a budget, one of `others`."""
+    """What is missing at `context_tokens`, and what would do: a context down to `shortest_tokens`, a cache of 8-bit codes, a budget,
+    one of `others`. `coded` is `smallest` with such a cache, where there is one and it was not planned with."""
     estimate = smallest(profile, context_tokens)
     items = [(item.name, item.bytes) for item in estimate.items]
     if reserve_bytes:
@@ -110,7 +114,8 @@ def explain(
     shorter = contexts.longest(lambda tokens: needed(tokens) <= budget_bytes, shortest_tokens, context_tokens - 1)
     if shorter is not None:
         remedies.append(Remedy(arguments=f"--context {shorter}", reason="the longest that fits", peak_bytes=needed(shorter), budget_bytes=budget_bytes))
-    # A cache of fewer bits belongs here, as one more remedy, once a plan can choose it.
+    if coded is not None and (peak := coded(profile, context_tokens).peak_bytes + reserve_bytes) <= budget_bytes:
+        remedies.append(Remedy(arguments="--kv-cache int8", reason="a cache of 8-bit codes", peak_bytes=peak, budget_bytes=budget_bytes))
     enough = -(-start // _MIB) * _MIB
     if enough <= profile.memory_bytes:
         remedies.append(Remedy(arguments=f"--budget {enough // _MIB}MiB", reason="the least that does, in whole MiB", peak_bytes=start, budget_bytes=enough))
@@ -127,9 +132,12 @@ def explain(
 
 
 def _next_profile(profile: DeviceProfile, context_tokens: int, smallest: Smallest, others: Sequence[DeviceProfile]) -> list[Remedy]:
-    """The device of the least budget, its own, in which the smallest model fits at the same context; none or one."""
+    """The device of the least budget, its own, in which the smallest model fits at the same context; none or one.
+
+    It has all the kernels of the one asked for, so that it is not larger only because its weights are floats.
+    """
     for other in sorted(others, key=lambda item: (item.budget_bytes, item.name)):
-        if other.name == profile.name or other.provider != profile.provider:
+        if other.name == profile.name or other.provider != profile.provider or not set(profile.bits) <= set(other.bits):
             continue
         try:
             peak = smallest(other, context_tokens).peak_bytes

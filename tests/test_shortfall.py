@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from packager.errors import ArtifactError, InfeasibleBudgetError
 from packager.memory import MemoryEstimate, MemoryItem, MemoryPhase
-from packager.plan import PROMPT_RESERVE, LoadedMap, load_map, make_plan, smallest_memory
+from packager.plan import PROMPT_RESERVE, LoadedMap, Request, load_map, make_plan, smallest_memory
 from packager.profile import DeviceProfile, load_profile, parse_profile
 from packager.shortfall import explain
 
@@ -59,7 +59,7 @@ def test_where_nothing_helps_it_says_so() -> None:
     profile = device("box", "59MiB")
     found = explain(profile, budget_bytes=59 * MIB, context_tokens=512, shortest_tokens=33, reserve_bytes=0, smallest=needs, others=[])
     assert found.remedies == ()
-    assert found.text().splitlines()[-1] == "nothing would fit: no shorter context, no budget on this device, no shipped profile"
+    assert found.text().splitlines()[-1] == "nothing would fit: no shorter context, no smaller cache, no budget on this device, no shipped profile"
     roomy = explain(device("box", "1GiB"), budget_bytes=59 * MIB, context_tokens=512, shortest_tokens=33, reserve_bytes=0, smallest=needs, others=[])
     assert roomy.text().splitlines()[-1] == "no context is short enough for this budget"
 
@@ -74,6 +74,31 @@ def test_a_device_without_kernels_for_the_map_is_no_remedy() -> None:
         device("box", "59MiB"), budget_bytes=1, context_tokens=512, shortest_tokens=33, reserve_bytes=0, smallest=picky, others=[device("other", "1GiB")]
     )
     assert found.remedies == ()
+
+
+def test_a_device_with_fewer_kernels_is_no_remedy() -> None:
+    """Its weights would be floats: larger because it is poorer, not because it has more room."""
+    small = dataclasses.replace(device("small", "92MiB"), bits=(4, 8))
+    others = [dataclasses.replace(device(name, memory), bits=bits) for name, memory, bits in (("floats", "1GiB", ()), ("four", "2GiB", (4,)))]
+    richer = dataclasses.replace(device("richer", "4GiB"), bits=(2, 4, 8))
+
+    def remedies(shipped: list[DeviceProfile]) -> list[str]:
+        found = explain(small, budget_bytes=92 * MIB, context_tokens=512, shortest_tokens=512, reserve_bytes=0, smallest=needs, others=shipped)
+        return [item.arguments for item in found.remedies]
+
+    assert remedies(others) == []
+    assert remedies([*others, richer]) == ["--profile richer"]
+
+
+@pytest.mark.parametrize(("budget", "helps"), [(75, False), (76, True)])
+def test_a_cache_of_codes_is_a_remedy_where_it_fits(budget: int, helps: bool) -> None:
+    def coded(profile: DeviceProfile, tokens: int) -> MemoryEstimate:
+        return needs(profile, tokens // 4)
+
+    found = explain(
+        device("box", "80MiB"), budget_bytes=budget * MIB, context_tokens=512, shortest_tokens=512, reserve_bytes=0, smallest=needs, others=[], coded=coded
+    )
+    assert [(item.arguments, item.peak_bytes) for item in found.remedies] == ([("--kv-cache int8", 76 * MIB)] if helps else [])
 
 
 @given(st.integers(1, 123 * MIB), st.integers(-10 * MIB, 10 * MIB))
@@ -123,3 +148,21 @@ def test_the_smallest_memory_is_that_of_the_last_prefix(loaded: LoadedMap) -> No
     plan = make_plan(loaded, profile, budget_bytes=least.peak_bytes, context_tokens=512)
     assert plan.memory == least.to_dict()
     assert plan.prefix == plan.moves
+
+
+def test_who_demands_floats_is_told_of_the_cache_that_fits(loaded: LoadedMap) -> None:
+    profile = dataclasses.replace(load_profile("edge-box-256mb"), chunk_tokens=32)
+    assert loaded.identity.int8_cache is not None
+    assert not loaded.identity.int8_cache.refusal
+    budget = smallest_memory(loaded.with_cache("int8"), profile, 1024).peak_bytes
+    assert budget < smallest_memory(loaded, profile, 1024).peak_bytes
+    request = Request(profile=profile, budget_bytes=budget, context_tokens=1024, cache="float")
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        request.plan(loaded)
+    assert caught.value.shortfall is not None
+    assert "--kv-cache int8" in [item["arguments"] for item in caught.value.shortfall["remedies"]]
+    assert dataclasses.replace(request, cache="int8").plan(loaded).peak_bytes == budget
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        dataclasses.replace(request, cache="int8", budget_bytes=budget - 1).plan(loaded)
+    assert caught.value.shortfall is not None
+    assert "--kv-cache int8" not in [item["arguments"] for item in caught.value.shortfall["remedies"]]
