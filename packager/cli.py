@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _scoring(pack)
     pack.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     pack.add_argument("--map", type=Path, metavar="MAP", help="where the score map is kept or found (default: MODEL.map beside the bundle)")
-    _writing(pack)
+    _writing(pack, "replace an existing bundle, and a map there of other settings")
 
     score = _verb(
         verbs, "score", commands.score, "compute the score map of a model, once", "packager score ./SmolLM2-135M -o smol.map --calibration my-text.txt"
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--calibration", type=Path, action="append", default=[], metavar="PATH", help="text to polish on (default: built-in text); may be repeated"
     )
-    _writing(build)
+    _writing(build, "replace an existing bundle")
 
     validate = _verb(verbs, "validate", commands.validate, "check a bundle on this machine's runtime", "packager validate box.bundle --json")
     validate.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -211,9 +211,9 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     acip.add_argument("--acip-basis", choices=["curvature", "weights"], help="what layers are taken apart by: their curvature, or as published their weights")
 
 
-def _writing(parser: argparse.ArgumentParser) -> None:
+def _writing(parser: argparse.ArgumentParser, replaces: str) -> None:
     parser.add_argument("--no-validate", action="store_true", help="skip validation on the runtime")
-    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--force", action="store_true", help=replaces)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.bundle import GOLDEN_FILE, write_contents, write_manifest
+from packager.errors import ArtifactError
 from packager.files import published_folder, refuse_existing
 from packager.manifest import Manifest
 from packager.plan import LoadedMap, Plan, Request, load_map
 from packager.profile import DeviceProfile
 from packager.progress import Progress
 from packager.report import ValidationReport, write_report
+from packager.scoremap import IDENTITY_FILE
 
 if TYPE_CHECKING:
     from packager.scoring.polish_plan import Polishing
@@ -165,13 +167,22 @@ def pack(
     progress: Progress,
     cache: Path | None = None,
 ) -> Built:
-    """From a model to a bundle: score it unless the map lies beside the bundle already, then build."""
+    """From a model to a bundle: score it unless the map lies beside the bundle already, then build.
+
+    ArtifactError where the map there is of other settings, for it may have taken hours; `force` replaces it.
+    """
     from packager.checkpoint import open_checkpoint
-    from packager.scoring.score import map_matches, score_model
+    from packager.scoring.score import map_differences, score_model
 
     refuse_existing(out, force=force)
     checkpoint = open_checkpoint(source)
     folder = cache or out.parent / f"{checkpoint.name}.map"
-    if not map_matches(folder, checkpoint, settings, calibration_paths):
-        score_model(checkpoint, folder, settings, calibration_paths=calibration_paths, device=device, force=folder.exists(), progress=progress)
+    differences = map_differences(folder, checkpoint, settings, calibration_paths) if (folder / IDENTITY_FILE).is_file() else None
+    if differences and not force:
+        raise ArtifactError(
+            f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name another with --map, "
+            "or pass --force to score again in its place"
+        )
+    if differences != []:
+        score_model(checkpoint, folder, settings, calibration_paths=calibration_paths, device=device, force=force, progress=progress)
     return build(load_map(folder), request, out, validate=validate, force=force, progress=progress)

@@ -216,17 +216,21 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.float32 if 2 * stored < psutil.virtual_memory().available // 2 else torch.bfloat16
 
 
-def map_matches(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, calibration_paths: Sequence[Path]) -> bool:
-    """Whether the map in `folder` is of these settings and this text, so that it need not be made again.
+def map_differences(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, calibration_paths: Sequence[Path]) -> list[str]:
+    """In what the map in `folder` is not of these settings and this text; nothing where it need not be made again.
 
-    ArtifactError when it is of another model: that is no map to replace unasked.
+    ArtifactError when it is of another model.
     """
-    if not (folder / IDENTITY_FILE).is_file():
-        return False
     identity = read_identity(folder)
     require_model(folder, identity, checkpoint.name, checkpoint.sha256())
     calibration = load_calibration(calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed)
-    return bool(identity.settings == asdict(settings) and identity.calibration.sha256 == calibration.sha256)
+    wanted = asdict(settings)
+    names = sorted(wanted.keys() | identity.settings.keys())
+    found = [f"{name} {identity.settings.get(name)!r} in place of {wanted.get(name)!r}" for name in names if identity.settings.get(name) != wanted.get(name)]
+    # Other tokens or another seed choose other windows: a hash of its own says nothing more then.
+    if identity.calibration.text != calibration.description or (not found and identity.calibration.sha256 != calibration.sha256):
+        found.append(f"another calibration text, {identity.calibration.text}")
+    return found
 
 
 def _work_key(model_hash: str, calibration: Calibration, settings: ScoreSettings) -> dict[str, Any]:

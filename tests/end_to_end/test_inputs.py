@@ -13,6 +13,7 @@ from conftest import Pico, random_model, random_text
 from test_cli import names, packager_, succeed
 from transformers import PreTrainedTokenizerFast
 
+from packager.identity import read_identity
 from packager.scoremap import read_map
 
 BUILD = ["--profile", "laptop-16gb", "--context", 128, "--no-validate"]
@@ -81,6 +82,44 @@ def test_the_map_of_another_model_is_refused_and_kept(map_copy: Path, picos: Cal
     assert last.endswith("name another map with --map, or remove this one")
     assert {path: path.stat().st_mtime_ns for path in map_copy.rglob("*")} == before
     assert names(map_copy.parent) == ["copy.map"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        pytest.param(["--tokens", 4096], "(tokens 2048 in place of 4096)", id="tokens"),
+        pytest.param(["--seed", 3, "--float-only"], "(float_only False in place of True; seed 0 in place of 3)", id="two settings"),
+        pytest.param(["--calibration", "other.txt"], "(another calibration text, text.txt)", id="another name"),
+        pytest.param(["--calibration", "text.txt"], "(another calibration text, text.txt)", id="the same name"),
+    ],
+)
+def test_the_map_of_other_settings_is_kept(
+    changes: list[object], said: str, map_copy: Path, picos: Callable[[str], Pico], calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibration_text.name == "text.txt"
+    texts = map_copy.parent / "texts"
+    texts.mkdir()
+    monkeypatch.chdir(texts)
+    for name in ("other.txt", "text.txt"):
+        (texts / name).write_text(random_text(3, 6000))
+    text = [] if "--calibration" in changes else ["--calibration", calibration_text]
+    before = {path: path.stat().st_mtime_ns for path in map_copy.rglob("*")}
+    out = map_copy.parent / "out.bundle"
+    done = packager_("pack", picos("llama").folder, "--map", map_copy, "--profile", "laptop-16gb", *SCORE, *text, *changes, "-o", out)
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        f"packager: {map_copy} is the map of this model with other settings {said}: keep it and name another with --map, "
+        "or pass --force to score again in its place"
+    )
+    assert {path: path.stat().st_mtime_ns for path in map_copy.rglob("*")} == before
+    assert names(map_copy.parent) == ["copy.map", "texts"]
+
+
+def test_the_map_of_other_settings_is_replaced_by_force(map_copy: Path, picos: Callable[[str], Pico], calibration_text: Path) -> None:
+    out = map_copy.parent / "out.bundle"
+    succeed("pack", picos("llama").folder, "--map", map_copy, *BUILD, "--calibration", calibration_text, *SCORE, "--seed", 3, "--force", "-o", out)
+    assert read_identity(map_copy).settings["seed"] == 3
+    assert names(map_copy.parent) == ["copy.map", "out.bundle"]
 
 
 # Texts
