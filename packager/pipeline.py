@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.bundle import GOLDEN_FILE, write_contents, write_manifest
-from packager.errors import ArtifactError
+from packager.errors import ArtifactError, InfeasibleBudgetError
 from packager.files import published_folder, refuse_existing
 from packager.manifest import Manifest
 from packager.plan import LoadedMap, Plan, Request, load_map
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from packager.scoring.score import ScoreSettings
 
 _ROUNDS = 3
-_MARGIN_BYTES = 1 << 20
+_MARGIN_SHARE = 0.01
+"""Of the budget, for what a limit counts beside the process's own pages; a process at its very limit crawls."""
 _UNUSED_SHARE = 0.05
 
 
@@ -66,6 +67,16 @@ class _Round:
     reserve_bytes: int
     peak_bytes: int
 
+    @property
+    def room_bytes(self) -> int:
+        """What of the budget is left, negative where the peak exceeds it."""
+        return self.plan.budget_bytes - self.peak_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """What ought to be left."""
+        return int(_MARGIN_SHARE * self.plan.budget_bytes)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "file_bytes": self.plan.file_bytes,
@@ -83,7 +94,8 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
     provider = request.profile.provider
     require_supported(provider)
     rounds = _closed_loop(loaded, request, plan, staging, progress)
-    chosen = max((item for item in rounds if 0 < item.peak_bytes <= plan.budget_bytes), key=lambda item: item.plan.file_bytes, default=rounds[-1])
+    fitting = [item for item in rounds if item.peak_bytes and item.room_bytes >= 0]
+    chosen = max(fitting, key=lambda item: (item.room_bytes >= item.margin_bytes, item.plan.file_bytes), default=rounds[-1])
     if chosen is not rounds[-1]:
         _stage(loaded, chosen.plan, request.profile, staging, progress)
     plan = chosen.plan
@@ -109,7 +121,12 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
     kept = replace(request, cache=plan.cache)
     while reserve is not None and len(rounds) < _ROUNDS:
         if rounds:
-            plan = replace(kept.plan(loaded, reserve), cache_note=plan.cache_note)
+            try:
+                plan = replace(kept.plan(loaded, reserve), cache_note=plan.cache_note)
+            except InfeasibleBudgetError:
+                if rounds[-1].room_bytes < 0:
+                    raise
+                break  # the smallest model fits, if without the margin
             if plan.choices == rounds[-1].plan.choices:
                 break
         _stage(loaded, plan, request.profile, staging, progress)
@@ -125,10 +142,9 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
 
 def _next_reserve(last: _Round) -> int | None:
     """What to keep free beside the prediction in the next round, or None when this one will do."""
-    over = last.peak_bytes - last.plan.budget_bytes
     binding = last.plan.prefix > 0
-    if over > 0 or (binding and -over > _UNUSED_SHARE * last.plan.budget_bytes):
-        return last.peak_bytes - last.plan.peak_bytes + _MARGIN_BYTES
+    if last.room_bytes < (last.margin_bytes if binding else 0) or (binding and last.room_bytes > _UNUSED_SHARE * last.plan.budget_bytes):
+        return last.peak_bytes - last.plan.peak_bytes + last.margin_bytes
     return None
 
 
