@@ -16,20 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from numpy import float32
-from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from packager.errors import ArtifactError, ExportError
+from packager.graph.layout import ATTENTION, COSINES, KEY_SCALE, PAST_KEY
+from packager.graph.prefill import Run, Steps, branch_on_rows, count_rows, over_floats, unbranch
 
-Scales = Mapping[int, tuple[NDArray[float32], NDArray[float32]]]
-"""Layer → (key, value): the step between two codes of each channel, (kv_heads, head_dim)."""
+Scales = Mapping[int, Steps]
+"""Layer → the steps of its keys and values."""
 
 CACHE_ROLES = ("key", "value")
 
-_ATTENTION = "GroupQueryAttention"
-_PAST_KEY, _COSINES, _KEY_SCALE = 3, 7, 12
 _MODE, _BITS = "PER_CHANNEL", 8
+_WINDOW = "local_window_size"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,47 +46,56 @@ class CacheFacts:
 def cache_facts(graph: ir.Graph, provider: str) -> CacheFacts:
     """Facts of a skeleton that was exported for execution provider `provider`."""
     readers = {node.op_type for value in _caches(graph.inputs) for node, _ in value.uses()}
-    layers = tuple(sorted(_layer(node) for node in graph if node.op_type == _ATTENTION and node.inputs[_PAST_KEY] is not None))
+    layers = tuple(sorted(_layer(node) for node in graph if node.op_type == ATTENTION and node.inputs[PAST_KEY] is not None))
     refusal = ""
     if provider != "cpu":
         refusal = f"the runtime reads 8-bit caches on the CPU only, this graph is for {provider}"
-    elif readers != {_ATTENTION}:
-        refusal = f"its caches are read by {', '.join(sorted(readers)) or 'nothing'}, only {_ATTENTION} reads 8-bit ones"
+    elif readers != {ATTENTION}:
+        refusal = f"its caches are read by {', '.join(sorted(readers)) or 'nothing'}, only {ATTENTION} reads 8-bit ones"
     turned, interleaved = 0, False
     for node in graph:
-        table = node.inputs[_COSINES] if node.op_type == _ATTENTION else node.inputs[2] if node.op_type == "RotaryEmbedding" else None
+        table = node.inputs[COSINES] if node.op_type == ATTENTION else node.inputs[2] if node.op_type == "RotaryEmbedding" else None
         if table is not None and table.shape is not None and isinstance(table.shape[1], int):
             turned = max(turned, 2 * table.shape[1])
-            flag = node.attributes.get("rotary_interleaved" if node.op_type == _ATTENTION else "interleaved")
+            flag = node.attributes.get("rotary_interleaved" if node.op_type == ATTENTION else "interleaved")
             interleaved = interleaved or bool(flag and flag.as_int())
     return CacheFacts(layers=layers, turned=turned, interleaved=interleaved, refusal=refusal)
 
 
 def quantise_caches(graph: ir.Graph, scales: Scales) -> None:
     """Make every cache of `graph` one of int8 codes. ExportError when layers and `scales` do not match one to one."""
-    nodes = {_layer(node): node for node in graph if node.op_type == _ATTENTION}
+    nodes = {_layer(node): node for node in graph if node.op_type == ATTENTION}
     if set(nodes) != set(scales):
         raise ExportError(f"the graph has caches in layers {sorted(nodes)}, the map has scales for {sorted(scales)}: they do not belong together")
+    runs: dict[int, Run] = {}
     for layer, node in nodes.items():
-        node.resize_inputs(max(len(node.inputs), _KEY_SCALE + 2))
+        # A sliding layer's buffer may be one that rolls.
+        full = node.attributes.get_int(_WINDOW, -1) <= 0
+        if full and (heads := len(scales[layer][0])) not in runs:
+            runs[heads] = count_rows(graph, node, heads)
+        floats = over_floats(graph, node, scales[layer], runs[heads]) if full else None
+        node.resize_inputs(max(len(node.inputs), KEY_SCALE + 2))
         for offset, (role, scale) in enumerate(zip(("k", "v"), scales[layer], strict=True)):
             tensor = ir.Tensor(scale.reshape(-1), name=f"model.layers.{layer}.attn.{role}_scale")
             value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
             graph.register_initializer(value)
-            node.replace_input_with(_KEY_SCALE + offset, value)
+            node.replace_input_with(KEY_SCALE + offset, value)
             node.attributes.add(ir.AttrString(f"{role}_quant_type", _MODE))
         node.attributes.add(ir.AttrInt64("kv_cache_bit_width", _BITS))
+        if floats is not None:
+            branch_on_rows(graph, node, floats, runs[heads])
     for value in _caches([*graph.inputs, *graph.outputs]):
         value.type = ir.TensorType(ir.DataType.INT8)
 
 
 def widen_caches(graph: ir.Graph) -> None:
     """Undo `quantise_caches`: every cache of `graph` holds floats."""
+    unbranch(graph)
     for node in graph:
-        if node.op_type == _ATTENTION and "kv_cache_bit_width" in node.attributes:
+        if node.op_type == ATTENTION and "kv_cache_bit_width" in node.attributes:
             for name in ("k_quant_type", "v_quant_type", "kv_cache_bit_width"):
                 del node.attributes[name]
-            for index in (_KEY_SCALE, _KEY_SCALE + 1):
+            for index in (KEY_SCALE, KEY_SCALE + 1):
                 node.replace_input_with(index, None)
     for value in _caches([*graph.inputs, *graph.outputs]):
         if value.dtype == ir.DataType.INT8:
@@ -115,7 +123,7 @@ def _caches(values: Iterable[ir.Value]) -> list[ir.Value]:
 
 def _layer(node: ir.Node) -> int:
     """The layer of an attention node, from the name of the cache that it reads: `past_key_values.LAYER.key`."""
-    past = node.inputs[_PAST_KEY]
+    past = node.inputs[PAST_KEY]
     if past is None or past.name is None:
         raise ExportError(f"attention {node.name} reads no cache")
     return int(past.name.split(".")[1])

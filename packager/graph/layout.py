@@ -5,3 +5,7 @@ from __future__ import annotations
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 MATRIX_SUFFIX = ".MatMul.weight"
+
+ATTENTION = "GroupQueryAttention"
+QUERY, PAST_KEY, TOTAL, COSINES, KEY_SCALE = 0, 3, 6, 7, 12
+"""Inputs of ATTENTION by number; values follow keys."""
