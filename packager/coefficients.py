@@ -3,7 +3,7 @@
     load       heap - codes and floats    = base + nodes · session_bytes_per_node + scales · packed_scale_copies
     tokenizer  malloc's bytes in use      = base + entries · tokenizer_live_bytes_per_entry
                heap - live                = base + entries · tokenizer_freed_bytes_per_entry
-    running    heap - cache               = rows · width · activation_copies + vocabulary · logit_copies + run_bytes - freed · reuse_ratio
+    running    heap - cache - its floats  = rows · width · activation_copies + vocabulary · logit_copies + run_bytes - freed · reuse_ratio
     peaks      VmHWM - every other term   = process_load_bytes, process_bytes
 
 Each line is fitted after those above it. A coefficient that the readings do not pin down keeps its default, and the
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packager.forms import FloatForm, Form, form_bytes
-from packager.memory import Geometry, MemoryEstimate, Role, activation_bytes, cache_bytes, estimate, looked_up_bytes, resident_bytes
+from packager.memory import Geometry, MemoryEstimate, Role, activation_bytes, cache_bytes, estimate, graph_nodes, looked_up_bytes, resident_bytes, widened_bytes
 from packager.profile import MemoryCoefficients
 
 # A value whose standard error is more than this share of it, or that lies more than this factor off its default, is not believed.
@@ -139,7 +139,7 @@ def fit(readings: Sequence[Reading], base: MemoryCoefficients, fault_bytes: int 
     scales = [
         _packed_bytes(item.workload, dataclasses.replace(_zero(base), packed_scale_copies=1.0)) - _packed_bytes(item.workload, _zero(base)) for item in readings
     ]
-    nodes = column([item.workload.geometry.nodes for item in readings])
+    nodes = column([graph_nodes(item.workload.geometry) for item in readings])
     take(_solve({"session_bytes_per_node": nodes, "packed_scale_copies": column(scales)}, column(heap), base, intercept=True))
 
     known = [item for item in readings if item.tokenizer_heap_bytes is not None]
@@ -158,7 +158,7 @@ def fit(readings: Sequence[Reading], base: MemoryCoefficients, fault_bytes: int 
     }
     columns = {name: column([activation_bytes(item.workload.geometry, item.workload.rows, unit) for item in asking]) for name, unit in units.items()}
     columns["reuse_ratio"] = -column([_freed_bytes(item.workload, found) for item in asking])
-    grown = [item.end.anonymous_bytes - item.tokenizer.anonymous_bytes - _cache_bytes(item.workload, found) for item in asking]
+    grown = [item.end.anonymous_bytes - item.tokenizer.anonymous_bytes - _context_bytes(item.workload, found) for item in asking]
     running = _solve(columns, column(grown), base, intercept=False)
     # Alignment can make it look like more than all.
     reuse = running["reuse_ratio"]
@@ -258,10 +258,12 @@ def _freed_bytes(workload: Workload, coefficients: MemoryCoefficients) -> int:
     return workload.geometry.tokenizer_entries * coefficients.tokenizer_freed_bytes_per_entry
 
 
-def _cache_bytes(workload: Workload, coefficients: MemoryCoefficients) -> int:
-    return cache_bytes(workload.geometry, workload.context_tokens, workload.chunk_tokens, coefficients)
+def _context_bytes(workload: Workload, coefficients: MemoryCoefficients) -> int:
+    """The cache, and what a chunk holds of it in floats where it is of codes."""
+    cache = cache_bytes(workload.geometry, workload.context_tokens, workload.chunk_tokens, coefficients)
+    return cache + widened_bytes(workload.geometry, workload.rows, workload.prompt_tokens)
 
 
 def _run_bytes(workload: Workload, coefficients: MemoryCoefficients) -> int:
     """What a run asks for: its cache and its activations."""
-    return _cache_bytes(workload, coefficients) + activation_bytes(workload.geometry, workload.rows, coefficients)
+    return _context_bytes(workload, coefficients) + activation_bytes(workload.geometry, workload.rows, coefficients)

@@ -5,6 +5,7 @@ of a fresh process that loads the model and its tokenizer, prefills a prompt in 
 
     load     process, not yet run + nodes + weights multiplied + the largest unit again, mapped while it is repacked
     prefill  process + nodes + weights + tokenizer, live and freed + KV cache + activations of one chunk
+             + one layer's past in floats, where the cache holds codes
              - what the cache and the activations find free where the tokenizer was parsed
     decode   as prefill, for the allocators give nothing back: what the chunk's activations held is slack
 
@@ -26,6 +27,9 @@ Role = Literal["linear", "embedding", "head", "tied"]
 ROLES: tuple[Role, ...] = ("linear", "embedding", "head", "tied")
 _FLOAT = 4
 _LANES_2BIT = 4
+# What `graph.prefill` adds to a layer over a cache of codes, and what it holds of the past of the one layer at work.
+_BRANCH_NODES = 16
+_WIDENED_BYTES = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +148,7 @@ def estimate(
     unit that is multiplied, `looked_up_bytes` the part of `weights_bytes` that loading does not touch. The cache of all
     `context_tokens` is written when a generator is created, however short the prompt.
     """
-    session = MemoryItem(name="session", bytes=geometry.nodes * coefficients.session_bytes_per_node)
+    session = MemoryItem(name="session", bytes=graph_nodes(geometry) * coefficients.session_bytes_per_node)
     load = (
         MemoryItem(name="process", bytes=coefficients.process_load_bytes),
         session,
@@ -157,7 +161,8 @@ def estimate(
     chunk = min(chunk_tokens, prompt_tokens)
     prefill = activation_bytes(geometry, chunk, coefficients)
     decode = activation_bytes(geometry, 1, coefficients)
-    reused = min(cache + prefill, int(freed * coefficients.reuse_ratio))
+    widened = widened_bytes(geometry, chunk, prompt_tokens)
+    reused = min(cache + prefill + widened, int(freed * coefficients.reuse_ratio))
     common = (
         MemoryItem(name="process", bytes=coefficients.process_bytes),
         session,
@@ -167,13 +172,18 @@ def estimate(
         MemoryItem(name="kv cache", bytes=cache),
         MemoryItem(name="rotary tables", bytes=context_tokens * geometry.head_dim * _FLOAT),
     )
+    past = (MemoryItem(name="one layer's past in floats", bytes=widened),) if widened else ()
     return MemoryEstimate(
         phases=(
             MemoryPhase(name="load", items=load),
-            MemoryPhase(name="prefill", items=(*common, MemoryItem(name="activations and logits", bytes=prefill))),
+            MemoryPhase(name="prefill", items=(*common, MemoryItem(name="activations and logits", bytes=prefill), *past)),
             MemoryPhase(
                 name="decode",
-                items=(*common, MemoryItem(name="activations and logits", bytes=decode), MemoryItem(name="arena slack", bytes=max(0, prefill - decode))),
+                items=(
+                    *common,
+                    MemoryItem(name="activations and logits", bytes=decode),
+                    MemoryItem(name="arena slack", bytes=max(0, prefill + widened - decode)),
+                ),
             ),
         )
     )
@@ -186,6 +196,19 @@ def cache_bytes(geometry: Geometry, context_tokens: int, chunk_tokens: int, coef
     return 2 * tokens * geometry.kv_heads * geometry.head_dim * (geometry.cache_element_bytes or coefficients.kv_element_bytes)
 
 
+def graph_nodes(geometry: Geometry) -> int:
+    """Nodes of the graph as it is run: the exported ones, and those that prefill over a cache of codes takes."""
+    return geometry.nodes + _BRANCH_NODES * _branched_layers(geometry)
+
+
+def widened_bytes(geometry: Geometry, rows: int, tokens: int) -> int:
+    """What several `rows` over a cache of codes hold beside their activations, `tokens` deep: one layer's keys and values in
+    floats as the past and as the present, 8 bytes an element, and what the arena leaves between pieces that grow by the chunk."""
+    if rows < 2 or not _branched_layers(geometry):
+        return 0
+    return _WIDENED_BYTES * 2 * tokens * geometry.kv_heads * geometry.head_dim
+
+
 def activation_bytes(geometry: Geometry, rows: int, coefficients: MemoryCoefficients) -> int:
     """What one run over `rows` tokens holds: its widest layer's activations, and the last token's logits."""
     width = geometry.intermediate + max(geometry.hidden, geometry.heads * geometry.head_dim)
@@ -196,6 +219,10 @@ def tokenizer_entries(content: Mapping[str, Any]) -> int:
     """Tokens and merges in the content of a tokenizer.json: what its tables are made of, however the file is laid out."""
     model = content.get("model", {})
     return len(model.get("vocab", ())) + len(model.get("merges", ()))
+
+
+def _branched_layers(geometry: Geometry) -> int:
+    return geometry.layers - geometry.sliding_layers if geometry.cache_element_bytes == 1 else 0
 
 
 def _multiplied_bytes(form: Form, rows: int, cols: int, coefficients: MemoryCoefficients) -> int:

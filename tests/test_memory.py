@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
 from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, form_bytes, parse_form
-from packager.memory import ROLES, Geometry, MemoryEstimate, Role, cache_bytes, estimate, looked_up_bytes, resident_bytes, tokenizer_entries
+from packager.memory import (
+    ROLES,
+    Geometry,
+    MemoryEstimate,
+    Role,
+    cache_bytes,
+    estimate,
+    graph_nodes,
+    looked_up_bytes,
+    resident_bytes,
+    tokenizer_entries,
+    widened_bytes,
+)
 from packager.profile import MemoryCoefficients
 
 COEFFICIENTS = MemoryCoefficients()
@@ -139,6 +151,20 @@ def test_cache_is_float32_keys_and_values() -> None:
 def test_a_cache_of_codes_takes_a_byte_an_element() -> None:
     codes = dataclasses.replace(TINY, cache_element_bytes=1)
     assert 4 * cache_bytes(codes, 1_024, 128, COEFFICIENTS) == cache_bytes(TINY, 1_024, 128, COEFFICIENTS)
+
+
+def test_a_chunk_over_a_cache_of_codes_holds_one_layers_past_in_floats() -> None:
+    codes = dataclasses.replace(TINY, cache_element_bytes=1)
+    assert widened_bytes(codes, 4, 1_000) == 10 * 2 * 1_000 * 1 * 4
+    assert widened_bytes(codes, 1, 1_000) == widened_bytes(TINY, 4, 1_000) == 0
+    assert graph_nodes(codes) == graph_nodes(TINY) + 2 * 16
+    sliding = dataclasses.replace(codes, sliding_layers=2, sliding_window=200)
+    assert widened_bytes(sliding, 4, 1_000) == 0
+    assert graph_nodes(sliding) == graph_nodes(TINY)
+    request = {"weights_bytes": 0, "largest_unit_bytes": 0, "context_tokens": 1_024, "prompt_tokens": 1_000, "chunk_tokens": 4}
+    prefill, decode = ({item.name: item.bytes for item in phase.items} for phase in estimated(codes, request).phases[1:])
+    assert prefill["one layer's past in floats"] == widened_bytes(codes, 4, 1_000)
+    assert sum(prefill.values()) == sum(decode.values())
 
 
 def test_tokenizer_entries_counts_tokens_and_merges() -> None:
