@@ -28,7 +28,7 @@ from packager.graph.layout import PAST_KEY, QUERY, TOTAL
 Steps = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(key, value): the step between two codes of each channel, (kv_heads, head_dim)."""
 
-_KERNEL, _FLOATS = "kernel", "floats"
+_KERNEL, _FLOATS, _BRANCH = "kernel", "floats", "by_rows"
 _ROLES = ("key", "value")
 
 
@@ -130,15 +130,15 @@ def branch_on_rows(graph: ir.Graph, attention: ir.Node, floats: ir.Graph, run: R
     """Put an `If` in the place of `attention`, by now one over codes: `floats` of `over_floats` where `run` says so, else itself."""
     scope = _Scope(graph, f"{attention.name}/{_KERNEL}")
     kernel = scope.branch(scope.attention(attention, attention.inputs))
-    _replace(graph, attention, ir.node("If", [run.floats], {"then_branch": floats, "else_branch": kernel}, num_outputs=3, name=f"{attention.name}/If"))
+    _replace(graph, attention, ir.node("If", [run.floats], {"then_branch": floats, "else_branch": kernel}, num_outputs=3, name=f"{attention.name}/{_BRANCH}"))
 
 
 def unbranch(graph: ir.Graph) -> None:
     """Undo `branch_on_rows`: every attention is its kernel over codes. What counted rows is left without use."""
     for node in list(graph):
-        if node.op_type == "If" and (kernel := node.attributes["else_branch"].as_graph()).name.endswith(f"/{_KERNEL}"):
-            (attention,) = kernel
-            name = (node.name or "").removesuffix("/If")
+        name, _, kind = (node.name or "").rpartition("/")
+        if kind == _BRANCH:
+            (attention,) = node.attributes["else_branch"].as_graph()
             _replace(graph, node, ir.Node(attention.domain, attention.op_type, attention.inputs, attention.attributes.values(), num_outputs=3, name=name))
 
 
