@@ -109,6 +109,9 @@ def genai_config(skeleton: Mapping[str, Any], plan: Plan, profile: DeviceProfile
     config["model"]["context_length"] = plan.context_tokens
     config["search"]["max_length"] = plan.context_tokens
     config["search"]["chunk_size"] = profile.chunk_tokens
+    if plan.cache == INT8:
+        # A pattern of allocations is kept from the first chunk and its block held beside what deeper chunks need (docs/memory.md).
+        decoder["session_options"]["enable_mem_pattern"] = False
     if profile.threads:
         decoder["session_options"]["intra_op_num_threads"] = profile.threads
     return config

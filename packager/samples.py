@@ -127,6 +127,8 @@ def write_sample(sample: Sample, case: Case, out: Path) -> None:
         pool.unlink()
     genai = read_json(sample.folder / GENAI_FILE)
     genai["model"]["decoder"]["filename"] = "model.onnx"
+    if case.cache == INT8:
+        genai["model"]["decoder"]["session_options"]["enable_mem_pattern"] = False
     if case.threads:
         genai["model"]["decoder"]["session_options"]["intra_op_num_threads"] = case.threads
     genai["model"]["context_length"] = case.context_tokens

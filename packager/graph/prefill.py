@@ -30,16 +30,19 @@ Steps = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 _KERNEL, _FLOATS, _BRANCH = "kernel", "floats", "by_rows"
 _ROLES = ("key", "value")
+_STRIDE = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What the layers ask of a run, worked out once: whether `floats` serve it, (1,); its tokens `past` and `total`, (1,); the
-    `places` of its rows in a cache, (1, kv_heads, rows, 3). Beside them constants that every layer needs."""
+    """What the layers ask of a run, worked out once: whether `floats` serve it, (1,); its tokens `past` and `total`, (1,); how
+    much of a buffer to `cut`, (1,), which is the total in whole steps: pieces of memory that grew with every chunk would leave
+    holes between them; the `places` of its rows in a cache, (1, kv_heads, rows, 3). Beside them constants that every layer needs."""
 
     floats: ir.Value
     past: ir.Value
     total: ir.Value
+    cut: ir.Value
     places: ir.Value
     first: ir.Value
     axis: ir.Value
@@ -89,6 +92,9 @@ def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> Run:
     rows = scope.node("Shape", query, name="rows", start=1, end=2)
     total = scope.node("Reshape", scope.node("Cast", tokens, to=ir.DataType.INT64), flat, name="total")
     past = scope.node("Sub", total, rows, name="past")
+    stride = scope.constant("stride", np.array([_STRIDE]))
+    before = scope.node("Div", scope.node("Sub", total, one, name="last"), stride, name="whole")
+    cut = scope.node("Mul", scope.node("Add", before, one, name="strides"), stride, name="cut")
     several = scope.node("Greater", rows, one, name="several")
     room = scope.node("GreaterOrEqual", scope.node("Shape", past_key, name="buffer", start=2, end=3), total, name="room")
     alone = scope.node("Equal", scope.node("Shape", query, name="sequences", start=0, end=1), one, name="alone")
@@ -102,7 +108,8 @@ def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> Run:
     places = scope.node("Add", along, scope.constant("heads", heads), name="places")
     graph.extend(scope.nodes)
     first, unit = scope.constant("first", np.array([0])), scope.constant("unit", np.array(1, np.float32))
-    return Run(floats=floats, past=past, total=total, places=places, first=first, axis=axis, unit=unit, code=scope.constant("code", np.array(0, np.int8)))
+    code = scope.constant("code", np.array(0, np.int8))
+    return Run(floats=floats, past=past, total=total, cut=cut, places=places, first=first, axis=axis, unit=unit, code=code)
 
 
 def over_floats(graph: ir.Graph, attention: ir.Node, steps: Steps, run: Run) -> ir.Graph:
@@ -111,7 +118,7 @@ def over_floats(graph: ir.Graph, attention: ir.Node, steps: Steps, run: Run) -> 
     past = attention.inputs[PAST_KEY : PAST_KEY + 2]
     wide = []
     for role, codes, step in zip(_ROLES, past, steps, strict=True):
-        cut = scope.node("Slice", codes, run.first, run.past, run.axis, name=f"{role}/past")
+        cut = scope.node("Slice", codes, run.first, run.cut, run.axis, name=f"{role}/past")
         number = scope.node("Cast", cut, name=f"{role}/number", to=ir.DataType.FLOAT)
         wide.append(scope.node("Mul", number, scope.constant(f"{role}/step", step[None, :, None]), name=f"{role}/wide"))
     inputs = [*attention.inputs[:PAST_KEY], *wide, *attention.inputs[PAST_KEY + 2 :]]
