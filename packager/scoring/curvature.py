@@ -104,6 +104,7 @@ class _Collector:
         self._gradients: dict[str, Tensor] = {}
         self._alias: dict[str, str] = {}
         self._last_input: tuple[Tensor, str] | None = None
+        self._last_errors: tuple[Tensor, Tensor] | None = None
         self._embedding = model.get_input_embeddings()  # type: ignore[operator]
         self._head = model.get_output_embeddings()  # type: ignore[operator]
         self._vocabulary = any(source.unit.kind != "linear" for source in sources)
@@ -125,7 +126,7 @@ class _Collector:
     def run(self, ids: Tensor) -> None:
         """One forward and backward pass over (batch, length) token ids."""
         ids = ids.to(self._device)
-        self._last_input = None
+        self._last_input = self._last_errors = None
         with torch.enable_grad():
             logits = self._model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
         with torch.no_grad():
@@ -194,13 +195,20 @@ class _Collector:
     def _seen(self, name: str, parts: Sequence[Source], inputs: Tensor, gradient: Tensor) -> None:
         """One module's inputs (T, K) and the gradients of its outputs (T, N)."""
         _accumulate(self._gradients, name, gradient)
-        errors = _squared_errors(inputs)
+        errors = self._errors(inputs)
         for part in parts:
             weight = gradient[:, part.start : part.stop].square().sum(1)
             key = part.unit.name
             _add(self._weights, key, weight.sum())
             _add(self._weighted, key, inputs.T @ (inputs * weight[:, None]))
             _add(self._noise, key, weight @ errors)
+
+    def _errors(self, inputs: Tensor) -> Tensor:
+        # As for the plain moment: gradients of q, k and v (gate and up) come one after the other.
+        last = self._last_errors
+        if last is None or last[0].data_ptr() != inputs.data_ptr() or last[0].shape != inputs.shape:
+            self._last_errors = last = (inputs, _squared_errors(inputs))
+        return last[1]
 
     def _head_input(self, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = _rows(arguments[0])
