@@ -28,20 +28,20 @@ class MemoryCoefficients:
     """
 
     measured_on: str = "x86-64 with AVX512-VNNI"
-    measured_date: str = "2026-11-21"
+    measured_date: str = "2026-11-22"
     onnxruntime: str = "1.31.1"
     onnxruntime_genai: str = "0.18.0"
     packager: str = "0.1.0"
-    process_load_bytes: int = 61 * 2**20  # bytes: python, numpy, genai and an empty session while a model loads
-    process_bytes: int = 68 * 2**20  # bytes: the same once it has run, with the code that running has paged in
-    session_bytes_per_node: int = 12800  # bytes per node of the graph
-    packed_scale_copies: float = 2.0  # times the scales' bytes: in the packed weights, and the block sums beside them
-    tokenizer_live_bytes_per_entry: int = 108  # bytes per token or merge: the tables in use
-    tokenizer_freed_bytes_per_entry: int = 155  # bytes per token or merge: parsed and freed, still resident
+    process_load_bytes: int = 65_600_000  # bytes: python, numpy, genai and an empty session while a model loads
+    process_bytes: int = 66_200_000  # bytes: the same once it has run, with the code that running has paged in
+    session_bytes_per_node: int = 11_600  # bytes per node of the graph
+    packed_scale_copies: float = 2.22  # times the scales' bytes: in the packed weights, and the block sums beside them
+    tokenizer_live_bytes_per_entry: int = 114  # bytes per token or merge: the tables in use
+    tokenizer_freed_bytes_per_entry: int = 128  # bytes per token or merge: parsed and freed, still resident
     tokenizer_file_bytes_per_entry: int = 36  # bytes of tokenizer.json per token or merge, as transformers indents it
-    reuse_ratio: float = 0.75  # share of the freed heap that the cache and the activations are put into
+    reuse_ratio: float = 1.0  # share of the freed heap that the cache and the activations are put into
     kv_element_bytes: int = 4  # bytes per cached key or value element
-    activation_copies: float = 5.0  # float rows of (hidden + intermediate) alive at once, per token of a chunk
+    activation_copies: float = 4.2  # float rows of (hidden + intermediate) alive at once, per token of a chunk
     logit_copies: float = 3.0  # float rows of the vocabulary
     run_bytes: int = 3 * 2**20  # bytes per run, whatever its rows
     fault_bytes: int = 64 * 2**10  # bytes that one page fault on the mapped weights maps

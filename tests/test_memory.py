@@ -26,7 +26,7 @@ from packager.memory import (
 )
 from packager.profile import MemoryCoefficients
 
-COEFFICIENTS = MemoryCoefficients()
+COEFFICIENTS = dataclasses.replace(MemoryCoefficients(), packed_scale_copies=2.0)
 ROUND = dataclasses.replace(
     COEFFICIENTS,
     process_load_bytes=1_000,
