@@ -121,14 +121,10 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
     kept = replace(request, cache=plan.cache)
     while reserve is not None and len(rounds) < _ROUNDS:
         if rounds:
-            try:
-                plan = replace(kept.plan(loaded, reserve), cache_note=plan.cache_note)
-            except InfeasibleBudgetError:
-                if rounds[-1].room_bytes < 0:
-                    raise
-                break  # the smallest model fits, if without the margin
-            if plan.choices == rounds[-1].plan.choices:
+            again = _planned_again(loaded, kept, rounds[-1], reserve)
+            if again is None or again.choices == rounds[-1].plan.choices:
                 break
+            plan = replace(again, cache_note=plan.cache_note)
         _stage(loaded, plan, request.profile, staging, progress)
         progress.phase(f"measuring its memory (round {len(rounds) + 1})", 1)
         document, _ = measure_device(staging, None)
@@ -138,6 +134,19 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
         rounds.append(_Round(plan=plan, reserve_bytes=reserve, peak_bytes=peak))
         reserve = _next_reserve(rounds[-1]) if peak else None
     return rounds
+
+
+def _planned_again(loaded: LoadedMap, request: Request, last: _Round, reserve: int) -> Plan | None:
+    """The plan that keeps `reserve` free, or at least what was measured beside the prediction; None where the last one, which
+    fits, is the smallest. InfeasibleBudgetError where it did not fit."""
+    for spare in (reserve, reserve - last.margin_bytes):
+        try:
+            return request.plan(loaded, spare)
+        except InfeasibleBudgetError as error:
+            refused = error
+    if last.room_bytes < 0:
+        raise refused
+    return None
 
 
 def _next_reserve(last: _Round) -> int | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packager.pipeline import _next_reserve, _Round
+from packager.errors import InfeasibleBudgetError
+from packager.pipeline import _next_reserve, _planned_again, _Round
 from packager.plan import Plan
 
 MIB = 1 << 20
@@ -60,3 +65,31 @@ def test_what_is_kept_free_leads_below_the_budget_and_near_it(budget: int, share
     if reserve is not None:
         landed = size - reserve + int(size * error)
         assert _next_reserve(round_of(budget=size, predicted=size - reserve, peak=landed)) is None
+
+
+@dataclass
+class Smallest:
+    """A request whose smallest plan leaves room for `spare` bytes."""
+
+    spare: int
+
+    def plan(self, loaded: Any, reserve_bytes: int) -> int:
+        if reserve_bytes > self.spare:
+            raise InfeasibleBudgetError("too little", budget_bytes=1, minimum_bytes=2)
+        return reserve_bytes
+
+
+def test_the_margin_is_given_up_before_the_bundle() -> None:
+    over = round_of(budget=200 * MIB, predicted=198 * MIB, peak=201 * MIB)
+    reserve = _next_reserve(over)
+    assert reserve == 3 * MIB + 2 * MIB
+    loaded: Any = None
+    for spare, got in ((5 * MIB, 5 * MIB), (4 * MIB, 3 * MIB)):
+        request: Any = Smallest(spare)
+        assert _planned_again(loaded, request, over, reserve) == got  # type: ignore[comparison-overlap]
+    none: Any = Smallest(2 * MIB)
+    with pytest.raises(InfeasibleBudgetError):
+        _planned_again(loaded, none, over, reserve)
+    near = round_of(budget=200 * MIB, predicted=198 * MIB, peak=199 * MIB)
+    tight: Any = Smallest(0)
+    assert _planned_again(loaded, tight, near, 3 * MIB) is None
