@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import noise, show, text_windows, torch_losses
+from common import show, torch_losses
 from safetensors import safe_open
 
 from packager.bars import Bars
@@ -33,13 +33,14 @@ from packager.plan import load_map
 from packager.scoremap import STORE_FILE, Option, ScoreMap, Unit, make_map
 from packager.scoring.acip import BASES, QUICK_ACIP, AcipSettings, Start, train
 from packager.scoring.acip_map import Ranking, folded, rank_units, start_of
-from packager.scoring.calibration import load_calibration
+from packager.scoring.calibration import load_calibration, text_windows
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.factored import low_rank, pivoted, stored
 from packager.scoring.lowrank import Spectrum, decompose
 from packager.scoring.rounding import Feedback, feedback
 from packager.scoring.sources import Source, find_sources
 from packager.solver import solve, total_bytes
+from packager.sweep import standard_error
 
 FLOAT, WHOLE, FACTORS = FloatForm(label="f32"), BlockForm(bits=4, block=64, zeros=True), BlockForm(bits=4, block=32, zeros=True)
 
@@ -228,7 +229,7 @@ def main() -> None:
     started = time.perf_counter()
     checkpoint, loaded = open_checkpoint(str(arguments.model)), load_map(arguments.map)
     model, tokenizer = checkpoint.load(), checkpoint.tokenizer()
-    windows = text_windows(tokenizer, arguments.text, arguments.windows)
+    windows = text_windows(arguments.text, tokenizer, arguments.windows).numpy()
     original = torch_losses(model, windows)
     calibration = load_calibration(arguments.calibration, tokenizer, tokens=arguments.tokens, seed=0)
     rows: dict[str, Matrix] = {}
@@ -252,8 +253,8 @@ def main() -> None:
                 return "does not reach it"
             rise = rise_with(model, sources, weights, windows, original)
             kept = sum(option.bytes for option in taken.values())
-            data.append({"method": name, "equal": budget, "share": share, "bytes": kept, "rise_nats": rise.mean(), "noise_nats": noise(rise)})
-            return f"{rise.mean():.3f} ± {noise(rise):.3f} (× {np.exp(rise.mean()):.2f})"
+            data.append({"method": name, "equal": budget, "share": share, "bytes": kept, "rise_nats": rise.mean(), "noise_nats": standard_error(rise)})
+            return f"{rise.mean():.3f} ± {standard_error(rise):.3f} (× {np.exp(rise.mean()):.2f})"
 
         for way in ways:
             for budget, form, factors, shares in (("parameters", FLOAT, FLOAT, arguments.parameters), ("bytes", WHOLE, FACTORS, arguments.bytes)):
