@@ -190,17 +190,18 @@ class _Collector:
             return
         self._last_input = (tensor, name)
         self._alias[name] = name
-        _accumulate(self._inputs, name, tensor)
+        rows = _rows(tensor)
+        _accumulate(self._inputs, name, rows, rows)
 
     def _seen(self, name: str, parts: Sequence[Source], inputs: Tensor, gradient: Tensor) -> None:
         """One module's inputs (T, K) and the gradients of its outputs (T, N)."""
-        _accumulate(self._gradients, name, gradient)
+        _accumulate(self._gradients, name, gradient, gradient)
         errors = self._errors(inputs)
         for part in parts:
             weight = gradient[:, part.start : part.stop].square().sum(1)
             key = part.unit.name
             _add(self._weights, key, weight.sum())
-            _add(self._weighted, key, inputs.T @ (inputs * weight[:, None]))
+            _accumulate(self._weighted, key, inputs, inputs * weight[:, None])
             _add(self._noise, key, weight @ errors)
 
     def _errors(self, inputs: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ class _Collector:
 
     def _head_input(self, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = _rows(arguments[0])
-        _accumulate(self._inputs, "head", inputs)
+        _accumulate(self._inputs, "head", inputs, inputs)
         _add(self._noise, "head", _squared_errors(inputs).sum(1))
 
     def _embedded(self, module: torch.nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -220,7 +221,12 @@ class _Collector:
         if self._vocabulary:
             # Gemma's embedding multiplies by a constant inside the module: the table's gradient carries it.
             scale = float(getattr(module, "embed_scale", 1.0))
-            output.register_hook(lambda gradient: _accumulate(self._gradients, "embedding", gradient * scale))  # type: ignore[no-untyped-call]  # as above
+
+            def seen(gradient: Tensor) -> None:
+                rows = _rows(gradient) * scale
+                _accumulate(self._gradients, "embedding", rows, rows)
+
+            output.register_hook(seen)  # type: ignore[no-untyped-call]  # as above
         return output
 
 
@@ -239,12 +245,12 @@ def _scaled(moment: Tensor) -> Tensor:
     return 0.5 * moment / moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _accumulate(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    rows = _rows(tensor)
+def _accumulate(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right of (T, N) and (T, K), in place."""
     if name in sums:
-        sums[name].addmm_(rows.T, rows)
+        sums[name].addmm_(left.T, right)
     else:
-        sums[name] = rows.T @ rows
+        sums[name] = left.T @ right
 
 
 def _add(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:
