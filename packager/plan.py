@@ -207,18 +207,17 @@ class Request:
     def _tried(self, loaded: LoadedMap, planned: Callable[[LoadedMap], Planned]) -> tuple[list[Planned], Sequence[str], str]:
         """What `planned` makes of every cache on offer that fits, the kinds that were tried, and why others were not.
 
-        Raises InfeasibleBudgetError, of the smallest cache, when none fits.
+        Raises InfeasibleBudgetError, of the cache that needs least, when none fits.
         """
         kinds, note = caches.offered(loaded.identity, self.profile.provider, self.cache or self.profile.kv_cache)
-        found, refused = [], None
+        found, refused = [], list[InfeasibleBudgetError]()
         for kind in kinds:
             try:
                 found.append(planned(loaded.with_cache(kind)))
             except InfeasibleBudgetError as error:
-                refused = error  # of the last: the smallest cache's minimum is the least
+                refused.append(error)
         if not found:
-            assert refused is not None
-            raise refused
+            raise min(refused, key=lambda error: error.minimum_bytes)
         return found, kinds, note
 
 
