@@ -695,9 +695,9 @@ def test_a_full_disk_while_building_leaves_nothing(
 def test_a_full_disk_while_scoring_leaves_nothing_under_the_name(
     picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, count: int
 ) -> None:
-    import packager.scoring.score
+    import packager.scoring.work
 
-    owner: Any = {"_pieces": packager.store, "fsync": os, "save_file": packager.scoring.score}[where]
+    owner: Any = {"_pieces": packager.store, "fsync": os, "save_file": packager.scoring.work}[where]
     command = ["score", picos("llama").folder, "-o", tmp_path / "out.map", "--calibration", calibration_text, "--tokens", 2048, "--quick"]
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, full_after(count, getattr(owner, where)))
