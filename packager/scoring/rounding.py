@@ -248,7 +248,7 @@ def activation_error(inputs: Tensor, block: int) -> Tensor:
     """What (T, K) `inputs` lose when the kernels round them to 8 bits, each block of each row by its largest magnitude."""
     short = -inputs.shape[1] % block
     shaped = torch.nn.functional.pad(inputs, (0, short)).reshape(len(inputs), -1, block)
-    largest = torch.linalg.vector_norm(shaped, ord=torch.inf, dim=-1, keepdim=True)
+    largest = shaped.abs().amax(dim=-1, keepdim=True)  # an infinity norm is the same and ten times slower
     scale = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
     error: Tensor = (shaped / scale).round_().mul_(scale).sub_(shaped)
     return error.reshape(len(inputs), -1)[:, : inputs.shape[1]]
