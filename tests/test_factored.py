@@ -92,7 +92,7 @@ def naive_pivot(weights: Tensor, hessian: Tensor, gradient: Tensor, form: PivotF
         assert isinstance(form.factors, BlockForm)
         size = matrix.shape[1]
         plain = Feedback(hessian=torch.eye(size), order=torch.arange(size), upper=torch.eye(size))
-        return values(gptq(matrix, plain, grid_of(form.factors)), form.factors)
+        return values(gptq(matrix, plain, [grid_of(form.factors)])[0], form.factors)
 
     return torch.cat([nearest(base), nearest(coefficients) @ nearest(base)])[torch.argsort(rows)]
 
@@ -142,5 +142,5 @@ def test_packed_tensors_are_those_of_the_form() -> None:
     form, weights = parse_form("q4g32z"), weights_of(6, 40)
     assert isinstance(form, BlockForm)
     hessian = correlated(40, 1)
-    rounded = round_to(weights, form, feedback(hessian))
+    (rounded,) = round_to(weights, [form], feedback(hessian))
     np.testing.assert_array_equal(dequantize(form, packed(rounded, form), 6, 40), values(rounded, form).numpy())

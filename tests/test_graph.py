@@ -82,7 +82,7 @@ def quantise(form: Form, weights: np.ndarray[Any, Any]) -> dict[str, np.ndarray[
             parts |= {f"rest.{key}": value for key, value in quantise(form.factors, rest).items()}
             return parts | {"order": np.argsort(rows_in_order).astype(np.int32)}
         case SplitForm():
-            rounded = round_to(torch.from_numpy(weights), form, feedback(torch.eye(cols)))
+            (rounded,) = round_to(torch.from_numpy(weights), [form], feedback(torch.eye(cols)))
             return packed(rounded, form)
     blocks = form.blocks(cols)
     padded = np.pad(weights, ((0, 0), (0, blocks * form.block - cols))).reshape(rows, blocks, form.block)

@@ -23,7 +23,8 @@ Arrays = dict[str, NDArray[np.generic]]
 
 def rounded(source: Source, form: Form, model: torch.nn.Module) -> Arrays:
     assert isinstance(form, BlockForm | SplitForm)
-    return packed(round_to(source.weight(model), form, feedback(torch.eye(source.unit.cols))), form)
+    (rounded,) = round_to(source.weight(model), [form], feedback(torch.eye(source.unit.cols)))
+    return packed(rounded, form)
 
 
 def run(taught: Pico, label: str, seconds: float) -> tuple[Polish, list[Source], dict[str, Form]]:

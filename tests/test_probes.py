@@ -38,7 +38,9 @@ def test_every_class_but_float_is_probed_with_units_spread_over_its_band() -> No
         price = sum(option.loss_nats for option in chosen.values())
         assert price == pytest.approx(0.08, abs=0.03), kind
     eight = sorted(int(name.removeprefix("unit.")) for name in sets["8 bits, depth 2 of 3"])
-    assert len(eight) == 8 and eight[0] == 10 and eight[-1] in (18, 19)
+    assert len(eight) == 8
+    assert eight[0] == 10
+    assert eight[-1] in (18, 19)
 
 
 def test_a_multiplier_is_measured_over_predicted_within_bounds() -> None:
@@ -58,3 +60,13 @@ def test_prices_are_multiplied_by_their_class_alone() -> None:
         if number == 1:
             expected[3] *= 3
         assert prices[number] == pytest.approx(expected)
+
+
+def test_one_costly_unit_is_no_probe_where_cheaper_ones_are() -> None:
+    """Layers differ: a factored unit may cost as much as all others together."""
+    units, options = [unit(number) for number in range(30)], [chain(8.0 if number % 3 == 0 else 0.25) for number in range(30)]
+    chosen = probe_sets(units, options, 1)["low rank, depth 1 of 1"]
+    assert len(chosen) >= 5
+    assert all(int(name.removeprefix("unit.")) % 3 for name in chosen)
+    every = probe_sets(units, [chain(8.0)] * 30, 1)["low rank, depth 1 of 1"]
+    assert len(every) == 1

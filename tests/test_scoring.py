@@ -62,7 +62,7 @@ def weights_of(rows: int, cols: int, seed: int = 0) -> Tensor:
 def nearest(weights: Tensor, hessian: Tensor, form: BlockForm) -> Rounded:
     """Round to nearest on the very same grid search: gptq with nothing to spread."""
     cols = weights.shape[1]
-    return gptq(weights, Feedback(hessian=hessian, order=torch.arange(cols), upper=torch.eye(cols)), grid_of(form))
+    return gptq(weights, Feedback(hessian=hessian, order=torch.arange(cols), upper=torch.eye(cols)), [grid_of(form)])[0]
 
 
 def h_error(weights: Tensor, rounded: Rounded, hessian: Tensor, form: BlockForm) -> float:
@@ -74,7 +74,7 @@ def h_error(weights: Tensor, rounded: Rounded, hessian: Tensor, form: BlockForm)
 @pytest.mark.parametrize("label", BLOCK_LABELS)
 def test_gptq_beats_rounding_to_nearest(label: str, shape: tuple[int, int]) -> None:
     form, weights, hessian = block_form(label), weights_of(*shape), correlated(shape[1], 1)
-    spread = gptq(weights, feedback(hessian), grid_of(form))
+    (spread,) = gptq(weights, feedback(hessian), [grid_of(form)])
     assert h_error(weights, spread, hessian, form) < h_error(weights, nearest(weights, hessian, form), hessian, form)
 
 
@@ -83,8 +83,8 @@ def test_gptq_beats_rounding_to_nearest(label: str, shape: tuple[int, int]) -> N
 @pytest.mark.parametrize("label", BLOCK_LABELS)
 def test_refitted_scales_never_increase_the_error(label: str, shape: tuple[int, int], rank: int | None) -> None:
     form, weights, hessian = block_form(label), weights_of(*shape), correlated(shape[1], 2, rank)
-    rounded = gptq(weights, feedback(hessian), grid_of(form))
-    refitted = refit_scales(weights, rounded, hessian, grid_of(form))
+    (rounded,) = gptq(weights, feedback(hessian), [grid_of(form)])
+    refitted = refit_scales(rounded, weights @ hessian, hessian, grid_of(form))
     before, after = h_error(weights, rounded, hessian, form), h_error(weights, refitted, hessian, form)
     assert after <= before * (1 + 1e-5) + 1e-12
     assert torch.equal(refitted.codes, rounded.codes)
@@ -96,25 +96,25 @@ def test_refitted_scales_never_increase_the_error(label: str, shape: tuple[int, 
 def test_a_second_look_at_the_codes_never_increases_the_error(label: str, shape: tuple[int, int], rank: int | None) -> None:
     form, weights, hessian = block_form(label), weights_of(*shape), correlated(shape[1], 4, rank)
     spread, damped = feedback(hessian), hessian + 0.01 * float(hessian.diagonal().mean()) * torch.eye(shape[1])
-    before = gptq(weights, spread, grid_of(form))
-    after = descend(weights, before, spread, grid_of(form))
+    (before,) = gptq(weights, spread, [grid_of(form)])
+    (after,) = descend(weights, [before], spread, [grid_of(form)])
     assert torch.equal(after.scales, before.scales)
     assert h_error(weights, after, damped, form) <= h_error(weights, before, damped, form) * (1 + 1e-5) + 1e-12
 
 
 def test_a_second_look_pays_where_columns_are_correlated_and_survives_dead_inputs() -> None:
     form, weights, hessian = block_form("q2g16"), weights_of(24, 96), correlated(96, 5)
-    once = refit_scales(weights, gptq(weights, feedback(hessian), grid_of(form)), hessian, grid_of(form))
-    twice = round_to(weights, form, feedback(hessian))
+    once = refit_scales(gptq(weights, feedback(hessian), [grid_of(form)])[0], weights @ hessian, hessian, grid_of(form))
+    (twice,) = round_to(weights, [form], feedback(hessian))
     assert h_error(weights, twice, hessian, form) < 0.97 * h_error(weights, once, hessian, form)
-    nothing = round_to(weights, form, feedback(torch.zeros(96, 96)))
+    (nothing,) = round_to(weights, [form], feedback(torch.zeros(96, 96)))
     assert torch.isfinite(values(nothing, form)).all()
 
 
 def test_refitted_scales_are_the_least_squares_ones() -> None:
     form, weights, hessian = block_form("q2g16"), weights_of(3, 48), correlated(48, 3)
-    rounded = gptq(weights, feedback(hessian), grid_of(form))
-    refitted = refit_scales(weights, rounded, hessian, grid_of(form))
+    (rounded,) = gptq(weights, feedback(hessian), [grid_of(form)])
+    refitted = refit_scales(rounded, weights @ hessian, hessian, grid_of(form))
     best = h_error(weights, refitted, hessian, form)
     for block in range(3):
         for factor in (0.98, 1.02):
@@ -142,7 +142,7 @@ def test_degenerate_inputs_do_not_fail(label: str, damage: str) -> None:
         case "zero weights":
             weights[:4] = 0
     assert bool(torch.isfinite(feedback(hessian).upper).all())
-    rounded = round_to(weights, form, feedback(hessian))
+    (rounded,) = round_to(weights, [form], feedback(hessian))
     found = values(rounded, form)
     assert bool(torch.isfinite(found).all())
     # No weight is moved further than its matrix is wide: codes of dead inputs round to nearest.
@@ -163,17 +163,31 @@ def test_the_inverse_factor_is_one() -> None:
 @pytest.mark.parametrize("label", BLOCK_LABELS)
 def test_what_is_priced_is_what_is_packed(label: str) -> None:
     form, weights, hessian = block_form(label), weights_of(9, 72), correlated(72, 6)
-    rounded = round_to(weights, form, feedback(hessian))
+    (rounded,) = round_to(weights, [form], feedback(hessian))
     zeros = rounded.zeros.numpy() if rounded.zeros is not None else None
     packed = pack_blocks(form, rounded.codes.numpy(), rounded.scales.numpy(), zeros)
     np.testing.assert_array_equal(dequantize(form, packed, 9, 72), values(rounded, form).numpy())
+
+
+@pytest.mark.parametrize("elements", [1, 3 * 24 * 80, 1 << 23])
+def test_forms_made_side_by_side_are_those_made_alone(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a loop over columns and nothing else; a large matrix is worked on in one form after another."""
+    forms = [parse_form(label) for label in (*BLOCK_LABELS, "q6g32")]
+    weights, hessian = weights_of(24, 80), correlated(80, 7)
+    spread = feedback(hessian)
+    alone = [next(round_to(weights, [form], spread)) for form in forms]
+    monkeypatch.setattr("packager.scoring.rounding._WORK_ELEMENTS", elements)
+    for form, one, many in zip(forms, alone, round_to(weights, forms, spread), strict=True):
+        assert float((one.codes != many.codes).double().mean()) < 0.005, form.label  # sums in another order round a tie to the other side
+        assert h_error(weights, many, hessian, form) == pytest.approx(h_error(weights, one, hessian, form), rel=0.01)
+        assert (many.zeros is None) == (one.zeros is None)
 
 
 @pytest.mark.parametrize("label", ["q6g64", "q6g32"])
 def test_split_codes_are_one_grid_cut_in_two(label: str) -> None:
     form, weights, hessian = parse_form(label), weights_of(9, 72), correlated(72, 6)
     assert isinstance(form, SplitForm)
-    rounded = round_to(weights, form, feedback(hessian))
+    (rounded,) = round_to(weights, [form], feedback(hessian))
     assert int(rounded.codes.max()) > 15
     np.testing.assert_allclose(dequantize(form, packed(rounded, form), 9, 72), values(rounded, form).numpy(), atol=1e-6)
 

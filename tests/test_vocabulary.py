@@ -88,7 +88,7 @@ def test_split_codes_lie_between_four_and_eight_bits() -> None:
     rebuilt = dequantize(total.option.form, total.tensors, 48, 128)
     four = parse_form("q4g64z")
     assert isinstance(four, BlockForm)
-    coarse = values(round_to(weights, four, feedback(hessian)), four)
+    coarse = values(next(round_to(weights, [four], feedback(hessian))), four)
     assert np.abs(rebuilt - weights.numpy()).mean() < float((coarse - weights).abs().mean()) / 2
 
 

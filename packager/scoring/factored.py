@@ -25,7 +25,7 @@ def stored(matrix: Tensor, form: FloatForm | BlockForm, spread: Feedback) -> tup
     if isinstance(form, FloatForm):
         array = matrix.cpu().numpy().astype(form.tensors(1, 1)["weight"].dtype)
         return torch.from_numpy(array.astype(np.float32)).to(matrix.device), {"weight": array}
-    rounded = round_to(matrix, form, spread)
+    (rounded,) = round_to(matrix, [form], spread)
     return values(rounded, form), packed(rounded, form)
 
 

@@ -105,27 +105,32 @@ def _fits(form: Form, cols: int) -> bool:
 def score_unit(unit: Unit, weights: Tensor, curvature: Curvature, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> Iterator[Scored]:
     """Every option of a unit with weights (rows, cols)."""
     weights = weights.float()
-    spread = feedback(curvature.rounding)
-    spectrum: Spectrum | None = None
     # The first pair is that of the products, whose kernels round their inputs.
     noise = {block: activation_price(weights, row, curvature.pairs[0][1]) for block, row in zip(BLOCKS, curvature.noise, strict=True)}
-    tensors: Arrays
-    for form in forms_for(unit, quick=quick, kernels=kernels):
-        match form:
-            case FloatForm() | BlockForm():
-                approximation, tensors = stored(weights, form, spread)
-            case SplitForm():
-                rounded = round_to(weights, form, spread)
-                approximation, tensors = values(rounded, form), packed(rounded, form)
-            case LowRankForm():
-                spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                approximation, tensors = low_rank(weights, spectrum, form, spread)
-            case PivotForm():
-                spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                approximation, tensors = pivoted(weights, spectrum, form, spread)
+    for form, approximation, tensors in _made(weights, curvature, forms_for(unit, quick=quick, kernels=kernels)):
         error = approximation - weights
         loss = 0.0 if isinstance(form, FloatForm) else sum(price(error, h, g) for h, g in curvature.pairs)
         if kernels.rounds_inputs and (block := activation_block(form)) is not None:
             loss += noise[block]
         size = sum(tensor.nbytes for tensor in tensors.values())
         yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)
+
+
+def _made(weights: Tensor, curvature: Curvature, forms: Sequence[Form]) -> Iterator[tuple[Form, Tensor, Arrays]]:
+    """(form, values, tensors) of `weights` in each of `forms`; those in codes are made side by side."""
+    spread = feedback(curvature.rounding)
+    spectrum: Spectrum | None = None
+    rounded = round_to(weights, [form for form in forms if isinstance(form, BlockForm | SplitForm)], spread)
+    for form in forms:
+        match form:
+            case FloatForm():
+                yield form, *stored(weights, form, spread)
+            case BlockForm() | SplitForm():
+                codes = next(rounded)
+                yield form, values(codes, form), packed(codes, form)
+            case LowRankForm():
+                spectrum = spectrum or decompose(weights, *curvature.pairs[0])
+                yield form, *low_rank(weights, spectrum, form, spread)
+            case PivotForm():
+                spectrum = spectrum or decompose(weights, *curvature.pairs[0])
+                yield form, *pivoted(weights, spectrum, form, spread)

@@ -122,17 +122,25 @@ def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
 
 
 def probe_sets(units: Sequence[Unit], options: Sequence[Sequence[Option]], bands: int) -> dict[str, dict[str, Option]]:
-    """For each class, a few units spread over its band and their options, priced together at about 0.08 nats."""
+    """For each class, a few units spread over its band and their options, priced together at about 0.08 nats.
+
+    Of a unit's options in a class the middle one of those that cost at most a third of that: a probe of one unit would
+    say more of the unit than of the class. Units without any stand aside, unless all are.
+    """
     candidates: dict[str, list[tuple[str, Option]]] = {}
+    costly: dict[str, list[tuple[str, Option]]] = {}
     for index, (unit, chain) in enumerate(zip(units, options, strict=True)):
         by_kind: dict[str, list[Option]] = {}
         for option in chain:
             by_kind.setdefault(kind_of(unit, option, index / len(units), bands), []).append(option)
         for kind, choices in by_kind.items():
-            candidates.setdefault(kind, []).append((unit.name, choices[len(choices) // 2]))
-    candidates.pop("float", None)
+            cheap = [option for option in choices if option.loss_nats <= _PROBE_NATS / 3]
+            chosen = cheap or choices
+            (candidates if cheap else costly).setdefault(kind, []).append((unit.name, chosen[len(chosen) // 2]))
     sets = {}
-    for kind, members in sorted(candidates.items()):
+    for kind, members in sorted((costly | candidates).items()):
+        if kind == "float":
+            continue
         mean = sum(option.loss_nats for _, option in members) / len(members)
         count = len(members) if mean <= 0 else max(1, min(len(members), round(_PROBE_NATS / mean)))
         stride = len(members) / count

@@ -14,6 +14,7 @@ Maths over tensors; nothing here knows a model. W is (N, K), H = E[x xᵀ] is (K
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from packager.forms import BlockForm, SplitForm
 from packager.graph.packing import pack_blocks
+from packager.scoring.columns import look_back, spread_errors
 
 _DAMPING = 0.01
-_SLAB = 128
 _GRID_ELEMENTS = 1 << 24
+_WORK_ELEMENTS = 1 << 23
 # By bits: how many ranges are tried for a block, down to which share of its full one. Judged by H's diagonal alone more
 # shrinking looks better than it proves once errors are spread.
 _CLIPS = {2: (10, 0.45), 4: (5, 0.85), 6: (4, 0.8), 8: (1, 1.0)}
@@ -80,12 +82,23 @@ def feedback(hessian: Tensor, damping: float = _DAMPING) -> Feedback:
     return Feedback(hessian=hessian, order=order, upper=inverse_factor(hessian[order][:, order], damping))
 
 
-def round_to(weights: Tensor, form: BlockForm | SplitForm, spread: Feedback) -> Rounded:
-    """Round (N, K) `weights` to `form`'s codes and refit their scales."""
-    grid = grid_of(form)
-    rounded = refit_scales(weights, gptq(weights, spread, grid), spread.hessian, grid)
-    for _ in range(_SWEEPS[grid.bits]):
-        rounded = refit_scales(weights, descend(weights, rounded, spread, grid), spread.hessian, grid)
+def round_to(weights: Tensor, forms: Sequence[BlockForm | SplitForm], spread: Feedback) -> Iterator[Rounded]:
+    """(N, K) `weights` rounded to the codes of each of `forms`, their scales refitted. As many forms are worked on at once as
+    keep that small in memory."""
+    grids = [grid_of(form) for form in forms]
+    count = max(1, _WORK_ELEMENTS // max(1, weights.numel()))
+    for start in range(0, len(grids), count):
+        yield from _round_at_once(weights, grids[start : start + count], spread)
+
+
+def _round_at_once(weights: Tensor, grids: Sequence[Grid], spread: Feedback) -> list[Rounded]:
+    target = weights.float() @ spread.hessian
+    rounded = [refit_scales(one, target, spread.hessian, grid) for one, grid in zip(gptq(weights, spread, grids), grids, strict=True)]
+    for sweep in range(max(_SWEEPS[grid.bits] for grid in grids)):
+        again = [at for at, grid in enumerate(grids) if _SWEEPS[grid.bits] > sweep]
+        fresh = descend(weights, [rounded[at] for at in again], spread, [grids[at] for at in again])
+        for at, one in zip(again, fresh, strict=True):
+            rounded[at] = refit_scales(one, target, spread.hessian, grids[at])
     return rounded
 
 
@@ -165,62 +178,51 @@ def _grids(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor, Ten
     return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
 
 
-def gptq(weights: Tensor, spread: Feedback, form: Grid) -> Rounded:
-    """Round (N, K) `weights` to the codes of `form`, column by column in the order of `spread`."""
-    rows, cols = weights.shape
-    top = 2**form.bits - 1
+def gptq(weights: Tensor, spread: Feedback, forms: Sequence[Grid]) -> list[Rounded]:
+    """Round (N, K) `weights` to the codes of each of `forms`, column by column in the order of `spread`."""
     weights = weights.float()
-    scales, zeros = _grids(weights, spread.hessian.diagonal(), form)
-    order = spread.order
-    block = torch.div(order, form.block, rounding_mode="floor")
-    work = weights[:, order].T.contiguous()  # (K, N): a column is contiguous
-    scale, zero = scales.T[block].contiguous(), zeros.T[block].contiguous()
-    rounded = torch.empty(cols, rows, dtype=torch.uint8, device=weights.device)
-    for start in range(0, cols, _SLAB):
-        stop = min(start + _SLAB, cols)
-        part, local = work[start:stop], spread.upper[start:stop, start:stop]
-        errors = torch.empty_like(part)
-        for column in range(stop - start):
-            s, z = scale[start + column], zero[start + column]
-            code = (part[column] / s + z).round_().clamp_(0, top)
-            rounded[start + column] = code.to(torch.uint8)
-            error = (part[column] - (code - z) * s) / local[column, column]
-            errors[column] = error
-            if column + 1 < stop - start:
-                part[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
-        if stop < cols:
-            work[stop:].addmm_(spread.upper[start:stop, stop:].T, errors, alpha=-1)
-    codes = torch.empty_like(rounded)
-    codes[order] = rounded
-    return Rounded(codes=codes.T.contiguous(), scales=scales, zeros=zeros.to(torch.uint8) if form.zeros else None)
+    grids = [_grids(weights, spread.hessian.diagonal(), form) for form in forms]
+    scale, zero = (_by_column([pair[part] for pair in grids], forms, spread.order) for part in (0, 1))
+    columns = weights[:, spread.order].T.repeat(1, len(forms))
+    codes = _by_form(spread_errors(columns, scale, zero, _tops(weights, forms), spread.upper), forms, spread.order)
+    return [
+        Rounded(codes=code, scales=scales, zeros=zeros.to(torch.uint8) if form.zeros else None)
+        for code, (scales, zeros), form in zip(codes, grids, forms, strict=True)
+    ]
 
 
-def descend(weights: Tensor, rounded: Rounded, spread: Feedback, form: Grid) -> Rounded:
-    """Set every code of (N, K) `weights` anew, in the order of `spread`, to the one that minimises (w - ŵ) H (w - ŵ)ᵀ with the
-    scales and all other codes as they are. H is damped as for GPTQ."""
-    cols, top, order = weights.shape[1], 2**form.bits - 1, spread.order
-    hessian = spread.hessian[order][:, order]
+def descend(weights: Tensor, rounded: Sequence[Rounded], spread: Feedback, forms: Sequence[Grid]) -> list[Rounded]:
+    """Set every code of (N, K) `weights`, as it is in each of `forms`, anew, in the order of `spread`, to the one that minimises
+    (w - ŵ) H (w - ŵ)ᵀ with the scales and all other codes as they are. H is damped as for GPTQ."""
+    hessian = spread.hessian[spread.order][:, spread.order]
     damping = _DAMPING * float(hessian.diagonal().mean())
     hessian.diagonal().add_(damping).clamp_(min=torch.finfo(torch.float32).tiny)
-    block = torch.div(order, form.block, rounding_mode="floor")
-    scale = rounded.scales.T[block]
-    error = (weights.float() - values_on(rounded, form))[:, order].T.contiguous()  # (K, N): a column is contiguous
-    codes = rounded.codes[:, order].T.float()
-    slope = 1 / (scale * hessian.diagonal()[:, None])  # what a code moves by for the gradient of its column
-    for start in range(0, cols, _SLAB):
-        stop = min(start + _SLAB, cols)
-        gradient, local = hessian[start:stop] @ error, hessian[start:stop, start:stop]
-        steps = torch.empty_like(gradient)
-        for column in range(stop - start):
-            at = start + column
-            code = torch.addcmul(codes[at], gradient[column], slope[at]).round_().clamp_(0, top)
-            torch.sub(code, codes[at], out=steps[column]).mul_(scale[at])
-            codes[at] = code
-            gradient[column + 1 :].addr_(local[column + 1 :, column], steps[column], alpha=-1)
-        error[start:stop] -= steps
-    fresh = torch.empty_like(rounded.codes)
-    fresh[:, order] = codes.T.to(torch.uint8)
-    return Rounded(codes=fresh, scales=rounded.scales, zeros=rounded.zeros)
+    scale = _by_column([one.scales for one in rounded], forms, spread.order)
+    error = torch.cat([(weights.float() - values_on(one, form))[:, spread.order].T for one, form in zip(rounded, forms, strict=True)], dim=1)
+    codes = torch.cat([one.codes[:, spread.order].T.float() for one in rounded], dim=1)
+    fresh = _by_form(look_back(codes, error, scale, _tops(weights, forms), hessian), forms, spread.order)
+    return [Rounded(codes=code, scales=one.scales, zeros=one.zeros) for code, one in zip(fresh, rounded, strict=True)]
+
+
+def _by_column(parameters: Sequence[Tensor], forms: Sequence[Grid], order: Tensor) -> Tensor:
+    """(K, N · forms): for every column in `order` and every row, its block's number among each form's (N, blocks)."""
+    parts = [each.T[torch.div(order, form.block, rounding_mode="floor")] for each, form in zip(parameters, forms, strict=True)]
+    return torch.cat(parts, dim=1)
+
+
+def _by_form(codes: Tensor, forms: Sequence[Grid], order: Tensor) -> list[Tensor]:
+    """Codes (K, N · forms) in `order` as one (N, K) uint8 for each form, columns in their places."""
+    found = []
+    for part in codes.chunk(len(forms), dim=1):
+        placed = torch.empty(part.shape[1], part.shape[0], dtype=torch.uint8, device=codes.device)
+        placed[:, order] = part.T.to(torch.uint8)
+        found.append(placed)
+    return found
+
+
+def _tops(weights: Tensor, forms: Sequence[Grid]) -> Tensor:
+    """(N · forms,) the largest code of each row."""
+    return torch.tensor([2.0**form.bits - 1 for form in forms], device=weights.device).repeat_interleave(len(weights))
 
 
 def values(rounded: Rounded, form: BlockForm | SplitForm) -> Tensor:
@@ -273,16 +275,16 @@ def _centred(rounded: Rounded, form: Grid) -> Tensor:
     return rounded.codes.float() - rounded.zeros.float().repeat_interleave(form.block, dim=1)[:, :cols]
 
 
-def refit_scales(weights: Tensor, rounded: Rounded, hessian: Tensor, form: Grid) -> Rounded:
-    """Scales that minimise (w - ŵ) H (w - ŵ)ᵀ for each row with the codes as they are."""
+def refit_scales(rounded: Rounded, target: Tensor, hessian: Tensor, form: Grid) -> Rounded:
+    """Scales that minimise (w - ŵ) H (w - ŵ)ᵀ for each row with the codes as they are; `target` is W H (N, K)."""
     rows, cols = rounded.codes.shape
     blocks = form.blocks(cols)
     centred = _centred(rounded, form)
     padded = torch.nn.functional.pad(centred, (0, blocks * form.block - cols)).reshape(rows, blocks, form.block)
     gram = torch.nn.functional.pad(hessian, (0, blocks * form.block - cols, 0, blocks * form.block - cols))
-    target = torch.nn.functional.pad(weights.float() @ hessian, (0, blocks * form.block - cols)).reshape(rows, blocks, form.block)
-    right = (padded * target).sum(-1)
-    left = torch.empty(rows, blocks, blocks, device=weights.device)
+    reached = torch.nn.functional.pad(target, (0, blocks * form.block - cols)).reshape(rows, blocks, form.block)
+    right = (padded * reached).sum(-1)
+    left = torch.empty(rows, blocks, blocks, device=target.device)
     shaped = gram.reshape(blocks, form.block, blocks, form.block)
     for block in range(blocks):
         reach = padded[:, block] @ shaped[block].reshape(form.block, -1)
