@@ -1,11 +1,12 @@
 """One map, many budgets: what was predicted and what was measured, each bundle built and validated as 'packager build' does.
 
     python benchmarks/budgets.py --map MAP [--profile laptop-16gb] [--context 512] [--count 24 | --budgets 180MiB 200MiB …]
-                                 [--repeats 3] [--json FILE]
+                                 [--repeats 3] [--most 9] [--json FILE]
 
 Budgets are spread evenly between the map's minimum and what the float16 model's size would need. Every bundle is then
 run `--repeats` times under its limit and as often without one, in turns: mapped weights can be dropped and read again,
-so a run that survives its limit may still crawl. A speed below 0.9 of the free one fails.
+so a run that survives its limit may still crawl. A speed below 0.9 of the free one fails: the median of the ratios of all pairs
+of runs, of which more are made, up to `--most`, where after `--repeats` it is below.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ HEADER = [
     "rounds",
     "predicted rise",
     "held-out rise",
-    *(f"{phase}, tokens/s: limit / free" for phase in PHASES),
+    *(f"{phase}, tokens/s: limit / free (pairs)" for phase in PHASES),
     "verdict",
 ]
 
@@ -62,37 +64,39 @@ def spread(request: Request, loaded: LoadedMap, count: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Medians in tokens per second under the limit and without, and the median of the ratios of runs side by side."""
+    """Medians in tokens per second under the limit and without, and the median of the ratios of `pairs` of runs side by side."""
 
     limited: float
     free: float
     share: float
+    pairs: int
 
     def __str__(self) -> str:
-        return f"{self.limited:.1f} / {self.free:.1f} = {self.share:.2f} ×"
+        return f"{self.limited:.1f} / {self.free:.1f} = {self.share:.2f} × ({self.pairs})"
 
 
-def speeds(bundle: Path, budget: int, repeats: int) -> tuple[dict[str, Speed], list[str]]:
-    """Speed of each phase, and how the runs ended that did not end well. Which of a pair goes first alternates."""
-    found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    failed = []
-    for turn in range(repeats):
-        for limited in (True, False) if turn % 2 == 0 else (False, True):
-            document, done = measure_device(bundle, budget if limited else None)
-            if document is None:
-                failed.append(f"the run {done.ending}")
-            else:
-                found[limited].append(document["speed"])
-    if failed:
-        return {}, failed
+def compared(found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Speed]:
+    """Speed of each phase over pairs of runs (under the limit, without)."""
     result = {}
     for phase in PHASES:
-        limited_speeds, free_speeds = ([speed[f"{phase}_tokens_per_second"] for speed in found[limited]] for limited in (True, False))
-        result[phase] = Speed(
-            limited=statistics.median(limited_speeds),
-            free=statistics.median(free_speeds),
-            share=statistics.median(slow / fast for slow, fast in zip(limited_speeds, free_speeds, strict=True)),
-        )
+        limited, free = ([pair[side][f"{phase}_tokens_per_second"] for pair in found] for side in (0, 1))
+        share = statistics.median(slow / fast for slow, fast in zip(limited, free, strict=True))
+        result[phase] = Speed(limited=statistics.median(limited), free=statistics.median(free), share=share, pairs=len(found))
+    return result
+
+
+def speeds(bundle: Path, budget: int, repeats: int, most: int) -> tuple[dict[str, Speed], list[str]]:
+    """Speed of each phase, and what failed. Which of a pair goes first alternates."""
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    while len(found) < repeats or (len(found) < most and any(speed.share < LEAST_SHARE for speed in compared(found).values())):
+        pair: dict[bool, dict[str, Any]] = {}
+        for limited in (True, False) if len(found) % 2 == 0 else (False, True):
+            document, done = measure_device(bundle, budget if limited else None)
+            if document is None:
+                return {}, [f"the run {done.ending}"]
+            pair[limited] = document["speed"]
+        found.append((pair[True], pair[False]))
+    result = compared(found)
     return result, [f"{phase} at {speed.share:.2f} × its free speed" for phase, speed in result.items() if speed.share < LEAST_SHARE]
 
 
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+")
     parser.add_argument("--count", type=int, default=8, help="how many budgets, where none are named (default: 8)")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with and without the limit for each budget (default: 3)")
+    parser.add_argument("--most", type=int, default=9, help="as many pairs where a speed looks too low (default: 9)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -117,7 +122,7 @@ def main() -> None:
             bundle = Path(scratch, "bundle")
             built = build(loaded, wanted, bundle, validate=True, force=False, progress=bars)
             bars.phase(f"{arguments.repeats} runs with the limit and without", 1)
-            by_phase, failed = speeds(bundle, budget, arguments.repeats)
+            by_phase, failed = speeds(bundle, budget, arguments.repeats, max(arguments.repeats, arguments.most))
             bars.advance()
         report = built.report
         assert report is not None
@@ -146,7 +151,9 @@ def main() -> None:
                 "plan": built.plan.to_dict() | {"choices": None},
                 "measured": report.measured,
                 "rounds": report.rounds,
-                "speed": {phase: {"limited": speed.limited, "free": speed.free, "share": speed.share} for phase, speed in by_phase.items()},
+                "speed": {
+                    phase: {"limited": speed.limited, "free": speed.free, "share": speed.share, "pairs": speed.pairs} for phase, speed in by_phase.items()
+                },
                 "failed": failed,
             }
         )
