@@ -28,7 +28,7 @@ from packager.scoring.columns import look_back, spread_errors
 
 _DAMPING = 0.01
 _GRID_ELEMENTS = 1 << 24
-_WORK_ELEMENTS = 1 << 23
+_WORK_ELEMENTS = 1 << 22
 # By bits: how many ranges are tried for a block, down to which share of its full one. Judged by H's diagonal alone more
 # shrinking looks better than it proves once errors are spread.
 _CLIPS = {2: (10, 0.45), 4: (5, 0.85), 6: (4, 0.8), 8: (1, 1.0)}

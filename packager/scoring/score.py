@@ -148,10 +148,11 @@ def score_model(
         progress.phase("rounding and pricing options", len(group))
         for source in group:
             if not options_path(work, source.unit).exists():
-                _score(work, source, model, curvature[source.unit.name], settings, rankings.get(source.unit.name))
+                # Let go of one by one: it is the largest thing in memory.
+                _score(work, source, model, curvature.pop(source.unit.name), settings, rankings.get(source.unit.name))
             progress.advance()
         curvature_path(work, number).unlink(missing_ok=True)
-        del curvature  # before the next group's: it is the largest thing in memory
+        del curvature  # what a resumed run had no use for
         lap("options")
     heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
     scoremap, measured = _measure(work, sources, model, heldout, settings, progress)
