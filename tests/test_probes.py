@@ -21,10 +21,10 @@ def chain(scale: float = 1.0) -> list[Option]:
 
 
 @pytest.mark.parametrize("position", [0.0, 0.34, 0.5, 0.99])
-def test_low_rank_is_one_class_whatever_the_depth(position: float) -> None:
+def test_classes_are_bits_or_low_rank_by_depth_or_vocabulary(position: float) -> None:
     kinds = {label: kind_of(unit(0), option, position, 3) for label, option in zip(LABELS, chain(), strict=True)}
     third = int(position * 3) + 1
-    assert kinds["r32.q4g32"] == kinds["p32.q4g32"] == "low rank, depth 1 of 1"
+    assert kinds["r32.q4g32"] == kinds["p32.q4g32"] == f"low rank, depth {third} of 3"
     assert kinds["q4g64z"] == f"4 bits, depth {third} of 3" != kinds["q2g32z"]
     assert kinds["q6g64"] == f"6 bits, depth {third} of 3"
     assert kind_of(unit(0, "tied"), chain()[3], position, 3) == "4 bits, vocabulary"
@@ -33,7 +33,7 @@ def test_low_rank_is_one_class_whatever_the_depth(position: float) -> None:
 def test_every_class_but_float_is_probed_with_units_spread_over_its_band() -> None:
     units, options = [unit(number) for number in range(30)], [chain() for _ in range(30)]
     sets = probe_sets(units, options, 3)
-    assert sets.keys() == {f"{bits} bits, depth {third} of 3" for bits in (2, 4, 6, 8) for third in (1, 2, 3)} | {"low rank, depth 1 of 1"}
+    assert sets.keys() == {f"{kind}, depth {third} of 3" for kind in ("2 bits", "4 bits", "6 bits", "8 bits", "low rank") for third in (1, 2, 3)}
     for kind, chosen in sets.items():
         price = sum(option.loss_nats for option in chosen.values())
         assert price == pytest.approx(0.08, abs=0.03), kind
@@ -53,7 +53,10 @@ def test_a_multiplier_is_measured_over_predicted_within_bounds() -> None:
 
 def test_prices_are_multiplied_by_their_class_alone() -> None:
     units, options = [unit(0), unit(1)], [chain(), chain(2.0)]
-    prices = [[option.loss_nats for option in one] for one in corrected(units, options, {"low rank, depth 1 of 1": 2.0, "4 bits, depth 2 of 2": 3.0}, 2)]
+    prices = [
+        [option.loss_nats for option in one]
+        for one in corrected(units, options, {"low rank, depth 1 of 2": 2.0, "low rank, depth 2 of 2": 2.0, "4 bits, depth 2 of 2": 3.0}, 2)
+    ]
     for number, scale in enumerate((1.0, 2.0)):
         expected = [scale * at / 100 for at in range(len(LABELS))]
         expected[5:] = [2 * price for price in expected[5:]]

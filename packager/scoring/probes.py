@@ -2,8 +2,8 @@
 
 The prices of `rounding.price` are a second-order surrogate. Two corrections are measured on held-out windows:
 
-- a multiplier for each class of option (what bits, which third of the depth, or the vocabulary; low rank whatever the
-  depth), from the divergence of small perturbations of that class alone: it corrects the order of the moves;
+- a multiplier for each class of option (what bits, which third of the depth, or the vocabulary), from the divergence
+  of small perturbations of that class alone: it corrects the order of the moves;
 - a curve from summed prices to the measured rise of the loss, from a few prefixes of the finished map: below four
   bits units interact, and the sum of their prices falls short.
 """
@@ -104,18 +104,14 @@ def rounding_hook(block: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]],
 
 
 def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
-    """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1, in one of `bands`.
-
-    Low rank is one class: a factored unit costs so much that a probe holds few of them, and a multiplier for each third
-    of the depth followed the units that were drawn.
-    """
+    """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1, in one of `bands`."""
     match option.form:
         case FloatForm():
             return "float"
         case BlockForm(bits=bits):
             kind = f"{bits} bits"
         case LowRankForm() | PivotForm():
-            kind, bands = "low rank", 1
+            kind = "low rank"
         case SplitForm():
             kind = "6 bits"
     return f"{kind}, vocabulary" if unit.kind != "linear" else f"{kind}, depth {min(int(position * bands), bands - 1) + 1} of {bands}"
