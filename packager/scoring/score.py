@@ -57,12 +57,11 @@ from packager.solver import choice_at, total_loss
 REFERENCE_FILE = "reference.safetensors"
 SKELETON_FOLDER = "skeleton"
 SIDE_FOLDER = "model"
-QUICK_TOKENS = 8192
+QUICK_TOKENS = 4096
 QUICK_ANCHOR_NATS = (0.01, 0.05, 0.2, 0.8)
 ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
 _NOISY_NATS = 0.05
 _CACHE_WINDOWS = 16
-_PROBE_WINDOWS = 4  # divergences are far less noisy than rises of the loss: half the windows do
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +153,7 @@ def score_model(
         curvature_path(work, number).unlink(missing_ok=True)
         del curvature  # what a resumed run had no use for
         lap("options")
-    heldout = calibration.heldout[: -(-len(calibration.heldout) // 2)] if settings.quick else calibration.heldout
+    heldout = _half(calibration.heldout) if settings.quick else calibration.heldout
     scoremap, measured = _measure(work, sources, model, heldout, settings, progress)
     lap("probes")
     per_byte = nats_per_byte(measured.token_nats.cpu(), heldout, tokenizer)
@@ -163,7 +162,7 @@ def score_model(
         progress.warn(warning)
     progress.phase("measuring an 8-bit cache", 1)
     facts = cache_facts(ir.load(work / SKELETON_FOLDER / settings.provider / GRAPH_FILE).graph, settings.provider)
-    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], heldout[:_PROBE_WINDOWS], Ledger(work / LEDGER_FILE))
+    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], _half(heldout), Ledger(work / LEDGER_FILE))
     progress.advance()
     lap("cache")
     progress.phase("writing the map", 1)
@@ -209,6 +208,11 @@ def score_model(
     lap("write")
     taken = {phase: round(time_taken, 3) for phase, time_taken in seconds.items()}
     return ScoreReport(identity=identity, nats_per_byte=per_byte, seconds=taken, peak_bytes=peak_bytes(), warnings=(warning,) if warning else ())
+
+
+def _half(windows: torch.Tensor) -> torch.Tensor:
+    """The first half of them, at least one: divergences, far less noisy than rises of the loss, need no more."""
+    return windows[: -(-len(windows) // 2)]
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -340,13 +344,13 @@ def _measure(
     bands, levels = 1 if settings.quick or settings.acip else 3, QUICK_ANCHOR_NATS if settings.quick else ANCHOR_NATS
     sets = probe_sets(units, options, bands)
     progress.phase("probing what perturbations cost", len(sets) + len(levels) + 2)
-    observer, glance = Observer(model, heldout), Observer(model, heldout[:_PROBE_WINDOWS])
+    observer, glance = Observer(model, heldout), Observer(model, _half(heldout))
     if not bool(torch.isfinite(observer.token_nats).all()):
         raise CalibrationError("the model's loss on the held-out text is not finite: the model overflows or the checkpoint is damaged")
     progress.advance()
     probes = []
     for kind, chosen in sets.items():
-        divergence, _ = ask(glance, _PROBE_WINDOWS, chosen)
+        divergence, _ = ask(glance, len(_half(heldout)), chosen)
         probes.append(Probe(kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence))
         progress.advance()
     scoremap = make_map(units, corrected(units, options, multipliers(probes), bands))
