@@ -26,7 +26,7 @@ from typing import Any
 from packager.coefficients import Finding, Held, Reading, fit
 from packager.device_check import memory
 from packager.errors import RuntimeCheckError, UsageError
-from packager.forms import kernel_bits, parse_form
+from packager.forms import has_kernels, parse_form
 from packager.limits import run_limited
 from packager.profile import DeviceProfile, MemoryCoefficients
 from packager.progress import Progress
@@ -215,7 +215,7 @@ def _measure(profile: DeviceProfile, shapes: Mapping[str, Shape], folder: Path, 
 def _case(profile: DeviceProfile, run: Run) -> Case | None:
     """The run on this device, None where it lacks the kernels."""
     forms = [parse_form(run.form), parse_form(run.head)]
-    if any(bits not in profile.bits for form in forms for bits in kernel_bits(form)):
+    if not all(has_kernels(form, profile.bits) for form in forms):
         return None
     return Case(
         form=forms[0],

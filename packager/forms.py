@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packager.errors import ArtifactError
 
 BITS = (2, 4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
+KERNEL_BLOCKS = {2: (32, 64, 128), 4: BLOCKS, 8: BLOCKS}
+"""bits → blocks that ONNX Runtime's CPU has kernels for. It multiplies by others too, but turns them into floats at every
+run: one row of activations then takes a hundred times as long (benchmarks/kernels.py)."""
 _FLOATS = {"f32": ("float32", 4), "f16": ("float16", 2)}
 _BLOCKS_LABEL = re.compile(r"q([248])g(16|32|64|128|256)(z?)")
 _SPLIT_LABEL = re.compile(r"q6g(16|32|64|128|256)")
@@ -196,14 +200,21 @@ def activation_block(form: Form) -> int | None:
     return None
 
 
-def kernel_bits(form: Form) -> tuple[int, ...]:
-    """Bits of the codes that the kernels for a form read; none for float."""
+def kernels_of(form: Form) -> tuple[BlockForm, ...]:
+    """The codes that a form's products read, one for each kernel; none for float."""
     match form:
-        case BlockForm(bits=bits) | LowRankForm(factors=BlockForm(bits=bits)) | PivotForm(factors=BlockForm(bits=bits)):
-            return (bits,)
+        case BlockForm():
+            return (form,)
+        case LowRankForm(factors=BlockForm() as factors) | PivotForm(factors=BlockForm() as factors):
+            return (factors,)
         case SplitForm():
-            return (form.high.bits, form.low.bits)
+            return (form.high, form.low)
     return ()
+
+
+def has_kernels(form: Form, bits: Sequence[int]) -> bool:
+    """Whether a runtime with kernels for codes of `bits` bits multiplies by `form` in codes; float runs everywhere."""
+    return all(codes.bits in bits and codes.block in KERNEL_BLOCKS[codes.bits] for codes in kernels_of(form))
 
 
 def form_nodes(form: Form) -> int:

@@ -16,7 +16,7 @@ from packager import caches, contexts
 from packager.curve import Anchor, monotone, predicted_nats
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.files import read_json, sha256_file, sha256_json
-from packager.forms import Form, form_bytes, form_nodes, kernel_bits, parse_form
+from packager.forms import Form, form_bytes, form_nodes, has_kernels, parse_form
 from packager.identity import MapIdentity, read_identity
 from packager.memory import Geometry, MemoryEstimate, Role, estimate, looked_up_bytes, resident_bytes
 from packager.profile import DeviceProfile, MemoryCoefficients, load_profile, shipped_profiles
@@ -111,6 +111,11 @@ def profile_hash(profile: DeviceProfile) -> str:
     return sha256_json(asdict(profile))
 
 
+def runnable(scoremap: ScoreMap, profile: DeviceProfile) -> ScoreMap:
+    """The map with only the forms that the device has kernels for."""
+    return restricted(scoremap, lambda unit, form: has_kernels(form, profile.bits))
+
+
 def role_of(unit: Unit) -> Role:
     """The unit's role in the memory model."""
     role: Role = unit.kind  # type: ignore[assignment]
@@ -131,7 +136,7 @@ def make_plan(loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | 
     def weigh(unit: Unit, form: Form) -> int:
         return _weigh(unit, form, loaded.geometry, profile, context)[0]
 
-    view = reweighed(restricted(loaded.scoremap, _runs_on(profile)), weigh)
+    view = reweighed(runnable(loaded.scoremap, profile), weigh)
     needed = _estimator(loaded.geometry, view, profile, context)
     solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes <= budget)
     if solution is None:
@@ -166,7 +171,7 @@ def undominated(plans: Sequence[Plan]) -> tuple[Plan, ...]:
 def smallest_memory(loaded: LoadedMap, profile: DeviceProfile, context: int) -> MemoryEstimate:
     """What the smallest model of `loaded` needs on this device: every unit in the runnable option of the fewest resident bytes."""
     smallest = []
-    for unit, chain in zip(loaded.scoremap.units, restricted(loaded.scoremap, _runs_on(profile)).options, strict=True):
+    for unit, chain in zip(loaded.scoremap.units, runnable(loaded.scoremap, profile).options, strict=True):
         smallest.append(min((_weigh(unit, option.form, loaded.geometry, profile, context) for option in chain), key=lambda weights: weights[0]))
     return _estimated(loaded.geometry, smallest, profile, context)
 
@@ -230,18 +235,19 @@ def chosen(plans: Sequence[Plan], kinds: Sequence[str], note: str = "") -> Plan:
 
 
 def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
-    """The best model of at most `weight_bytes` bytes of weights in the file, whatever memory it needs."""
-    solution = solve(loaded.scoremap, lambda choice: total_bytes(loaded.scoremap, choice) <= weight_bytes)
+    """The best model of at most `weight_bytes` bytes of weights in the file that the device has kernels for, whatever memory it needs."""
+    view = runnable(loaded.scoremap, profile)
+    solution = solve(view, lambda choice: total_bytes(view, choice) <= weight_bytes)
     context = bounded_context(loaded, profile, None)
     if solution is None:
-        minimum = sum(chain[-1].bytes for chain in loaded.scoremap.options)
+        minimum = sum(chain[-1].bytes for chain in view.options)
         raise InfeasibleBudgetError(
             f"the smallest model of this map has {format_size(minimum)} of weights, more than {format_size(weight_bytes)}",
             budget_bytes=weight_bytes,
             minimum_bytes=minimum,
         )
-    memory = _estimator(loaded.geometry, loaded.scoremap, profile, context)(solution.choice)
-    return _plan(loaded, loaded.scoremap, solution, memory, profile, memory.peak_bytes, context)
+    memory = _estimator(loaded.geometry, view, profile, context)(solution.choice)
+    return _plan(loaded, view, solution, memory, profile, memory.peak_bytes, context)
 
 
 def bounded_context(loaded: LoadedMap, profile: DeviceProfile, context_tokens: int | None) -> int:
@@ -275,15 +281,6 @@ def _estimated(geometry: Geometry, taken: Sequence[tuple[int, int, int]], profil
         chunk_tokens=profile.chunk_tokens,
         coefficients=profile.coefficients,
     )
-
-
-def _runs_on(profile: DeviceProfile) -> Callable[[Unit, Form], bool]:
-    """Whether the device has a kernel for a form; float runs everywhere."""
-
-    def runs(unit: Unit, form: Form) -> bool:
-        return all(bits in profile.bits for bits in kernel_bits(form))
-
-    return runs
 
 
 def _weigh(unit: Unit, form: Form, geometry: Geometry, profile: DeviceProfile, context: int) -> tuple[int, int, int]:

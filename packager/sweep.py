@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packager.errors import InfeasibleBudgetError, UsageError
-from packager.plan import LoadedMap, Plan, Request, plan_file_bytes
+from packager.plan import LoadedMap, Plan, Request, plan_file_bytes, runnable
 from packager.profile import DeviceProfile
 from packager.solver import choice_at, total_bytes
 
@@ -114,7 +114,8 @@ def predict(loaded: LoadedMap, request: Request, count: int, *, by_peak: bool) -
 
 
 def _by_file(loaded: LoadedMap, profile: DeviceProfile, count: int) -> Iterator[tuple[int, Plan]]:
-    least, most = (total_bytes(loaded.scoremap, choice_at(loaded.scoremap, prefix)) for prefix in (len(loaded.scoremap.moves), 0))
+    view = runnable(loaded.scoremap, profile)
+    least, most = (total_bytes(view, choice_at(view, prefix)) for prefix in (len(view.moves), 0))
     for limit in _spread(least, most, count):
         yield limit, plan_file_bytes(loaded, profile, limit)
 

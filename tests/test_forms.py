@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, form_bytes, form_nodes, parse_form
+from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, form_bytes, form_nodes, has_kernels, parse_form
 
 block_forms = st.builds(BlockForm, bits=st.sampled_from(BITS), block=st.sampled_from(BLOCKS), zeros=st.booleans())
 float_forms = st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")])
@@ -115,3 +115,25 @@ def test_bytes_of_known_shapes() -> None:
 def test_fewer_bits_are_never_more_bytes(form: BlockForm, rows: int, cols: int) -> None:
     sizes = [form_bytes(BlockForm(bits=bits, block=form.block, zeros=form.zeros), rows, cols) for bits in BITS]
     assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("label", "bits", "runs"),
+    [
+        ("f32", (), True),
+        ("p11.f16", (), True),
+        ("q4g256z", (4,), True),
+        ("q4g64", (2, 8), False),
+        ("q2g32z", (2, 4, 8), True),
+        ("q2g128", (2, 4, 8), True),
+        ("q2g16", (2, 4, 8), False),
+        ("q2g256", (2, 4, 8), False),
+        ("q6g128", (2, 4, 8), True),
+        ("q6g128", (4, 8), False),
+        ("q6g256", (2, 4, 8), False),
+        ("r256.q2g256", (2, 4, 8), False),
+        ("p16.q2g16", (2, 4, 8), False),
+    ],
+)
+def test_forms_run_where_every_product_has_a_kernel(label: str, bits: tuple[int, ...], runs: bool) -> None:
+    assert has_kernels(parse_form(label), bits) == runs

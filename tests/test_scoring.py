@@ -11,13 +11,13 @@ import torch
 from conftest import PICO, Pico, random_model
 from torch import Tensor
 
-from packager.forms import BLOCKS, BlockForm, FloatForm, LowRankForm, PivotForm, SplitForm, activation_block, form_bytes, parse_form
+from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, LowRankForm, PivotForm, SplitForm, activation_block, form_bytes, has_kernels, parse_form
 from packager.graph.packing import dequantize, pack_blocks
 from packager.graph.skeleton import Matrix
-from packager.scoremap import Unit
+from packager.scoremap import KINDS, Unit
 from packager.scoring.curvature import Curvature, collect
 from packager.scoring.lowrank import decompose, refit_left
-from packager.scoring.options import Kernels, forms_for, score_unit
+from packager.scoring.options import Kernels, forms_for, large_unit, score_unit
 from packager.scoring.rounding import (
     Feedback,
     Rounded,
@@ -443,3 +443,9 @@ def test_every_linear_layer_is_claimed_once(name: str, picos: Callable[[str], Pi
     sources = find_sources(matrices_of(model), model)
     claimed = sum(source.unit.elements for source in sources)
     assert claimed == sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_tried_has_a_kernel(kind: str, quick: bool) -> None:
+    assert all(has_kernels(form, BITS) for form in forms_for(large_unit(kind), quick=quick))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import InfeasibleBudgetError, UsageError
+from packager.forms import has_kernels, parse_form
 from packager.plan import LoadedMap, Request, load_map
 from packager.profile import load_profile
 from packager.sweep import BY_PEAK, Curve, SizePoint, evenly, measured_curve, predict, standard_error
@@ -42,6 +43,14 @@ def test_file_sizes_go_from_the_smallest_to_the_largest_by_equal_ratios(loaded: 
         assert (point.file_bytes, point.peak_bytes, point.predicted_nats) == (plan.file_bytes, plan.peak_bytes, plan.loss_nats)
         assert point.bits_per_weight == 8 * point.file_bytes / elements
     assert curve.points[-1].bits_per_weight == 32.0
+
+
+def test_file_sizes_take_only_forms_that_the_device_has_kernels_for(loaded: LoadedMap) -> None:
+    profile = replace(LAPTOP, bits=(8,))
+    curve, plans = predict(loaded, Request(profile=profile), 5, by_peak=False)
+    assert len(curve.points) == 5
+    assert {form for plan in plans for form in plan.choices.values()} > {"f32"}
+    assert all(has_kernels(parse_form(form), (8,)) for plan in plans for form in plan.choices.values())
 
 
 def test_peak_sizes_go_from_the_least_budget_to_what_the_map_can_use(loaded: LoadedMap) -> None:

@@ -20,7 +20,7 @@ Arrays = dict[str, NDArray[np.generic]]
 
 LINEAR_FORMS = (
     *("q8g32", "q8g64", "q8g128"),
-    *("q6g64", "q6g128", "q6g256"),
+    *("q6g64", "q6g128"),
     *("q4g32z", "q4g64z", "q4g64", "q4g128z", "q4g128"),
     *("q2g64", "q2g128z"),
 )
