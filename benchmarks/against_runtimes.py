@@ -1,11 +1,11 @@
 """Peak memory and speed side by side: our bundles, ONNX Runtime GenAI's own int4 export, and llama.cpp.
 
     python benchmarks/against_runtimes.py --model MODEL_FOLDER --map MAP --text TEXT [--prompt 4000] [--new 32] [--threads 2]
-        [--repeats 3] [--gguf FILE] [--llama-python PYTHON] [--json FILE]
+        [--repeats 3] [--gguf FILE …] [--llama-python PYTHON] [--json FILE]
 
-Ours take at most the bytes (graph and weights) of the stock export. The GGUF is one of about the same size, by default the
-demo package's file, where the model is of its shape: neither memory nor speed depends on what the weights are. It runs in
-PYTHON, an interpreter that has llama-cpp-python, and is passed over where there is none. Every run is a fresh process; the
+Ours take at most the bytes (graph and weights) of the stock export. The GGUF files are of about the same size, by default the
+demo package's own, where the model is of its shape: neither memory nor speed depends on what the weights are. They run in
+PYTHON, an interpreter that has llama-cpp-python, and are passed over where there is none. Every run is a fresh process; the
 contestants take turns, the best speed and the highest peak of each count. Speeds mean nothing on a busy machine.
 """
 
@@ -66,18 +66,20 @@ def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) 
 
 
 def llama_cpp(arguments: argparse.Namespace, length: int) -> list[Contestant]:
-    """llama.cpp with a GGUF file, or a line that says why not."""
+    """llama.cpp with each GGUF file, or a line that says why not."""
     done = subprocess.run([arguments.llama_python, "-c", "import llama_cpp"], capture_output=True, text=True)
     if done.returncode:
         print(f"llama.cpp skipped: {arguments.llama_python} has no llama-cpp-python; pip install it into any environment and name it by --llama-python")
         return []
     try:
-        gguf = arguments.gguf or open_checkpoint(DEMO).files[0]
+        files = arguments.gguf or [open_checkpoint(DEMO).files[0]]
     except ModelError as error:
         print(f"llama.cpp skipped: no --gguf, and {error}")
         return []
-    name = f"llama.cpp, {gguf.name}"
-    return [Contestant(name=name, runtime="llama", python=arguments.llama_python, path=gguf, bytes=gguf.stat().st_size, max_length=length)]
+    return [
+        Contestant(name=f"llama.cpp, {gguf.name}", runtime="llama", python=arguments.llama_python, path=gguf, bytes=gguf.stat().st_size, max_length=length)
+        for gguf in files
+    ]
 
 
 def run(contestant: Contestant, ids: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def run(contestant: Contestant, ids: Path, arguments: argparse.Namespace) -> dic
     command = [contestant.python, "-P", str(_PROBE), contestant.runtime, str(contestant.path), str(ids), str(arguments.new), str(arguments.threads)]
     child = subprocess.run([*command, str(contestant.max_length)], capture_output=True, text=True)
     if child.returncode:
-        raise SystemExit(f"{contestant.name}: {child.stderr[-2000:]}")
+        raise SystemExit(f"{contestant.name} ended with status {child.returncode}: {child.stderr[-2000:]}")
     figures: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     return figures
 
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, nargs="+")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
