@@ -156,13 +156,19 @@ def calibrate(
 ) -> Calibration:
     """Measure on this machine what `profile`'s runtime settings take; `folder` holds the models meanwhile.
 
-    Raises UsageError for a profile of another provider than the CPU, RuntimeCheckError where this system does not
-    tell a process's memory or too few runs ended well.
+    Raises UsageError for a profile of another provider than the CPU or with too few kernels for a fit, RuntimeCheckError
+    where this system does not tell a process's memory or too few runs ended well.
     """
     if profile.provider != "cpu":
         raise UsageError(f"profile {profile.name} is for {profile.provider}: the coefficients are those of ONNX Runtime's CPU kernels")
     if not memory():
         raise RuntimeCheckError("this system has no /proc/self/status: the memory of a process cannot be measured here")
+    possible = sum(_case(profile, run) is not None for shape in fitted.values() for run in shape.runs)
+    if possible < _LEAST_READINGS:
+        raise UsageError(
+            f"profile {profile.name} has kernels for {possible} of the {_count(fitted)} runs that coefficients are fitted to, {_LEAST_READINGS} are needed: "
+            "calibrate a profile with runtime.bits = [2, 4, 8] here and copy its [memory] section"
+        )
     failed: list[str] = []
     readings = [reading for _, reading in _measure(profile, fitted, folder, "measuring made-up models", progress, failed)]
     if len(readings) < _LEAST_READINGS:

@@ -183,7 +183,10 @@ def _target(parser: argparse.ArgumentParser) -> None:
 
 
 def _context(text: str) -> int | str:
-    return "auto" if text == "auto" else int(text)
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens or 'auto', found {text!r}") from None
 
 
 def _scoring(parser: argparse.ArgumentParser) -> None:

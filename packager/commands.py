@@ -152,12 +152,12 @@ def validate(arguments: argparse.Namespace) -> int:
     from packager import text
     from packager.bundle import open_bundle
     from packager.files import dump_json
-    from packager.report import write_report
+    from packager.report import earlier_rounds, write_report
     from packager.validate import validate_bundle
 
     manifest = open_bundle(arguments.bundle)
     with _progress() as progress:
-        report = validate_bundle(arguments.bundle, manifest, progress=progress)
+        report = validate_bundle(arguments.bundle, manifest, progress=progress, rounds=earlier_rounds(arguments.bundle, manifest.bundle_sha256))
     write_report(report, arguments.bundle)
     print(dump_json(report.to_dict()) if arguments.json else text.report_text(report))
     return 0 if report.passed else _CHECK_FAILED

@@ -9,6 +9,7 @@ from packager.errors import ArtifactError
 from packager.files import sha256_json
 from packager.forms import Form, form_bytes, parse_form
 from packager.identity import ModelIdentity
+from packager.profile import PROVIDERS
 from packager.records import from_plain
 
 SCHEMA = 1
@@ -102,6 +103,10 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
     for role in ("graph", "weights", "reference", "config"):
         if sum(entry.role == role for entry in manifest.files) != 1:
             raise ArtifactError(f"{where}: expected one file with role {role!r}: the manifest was altered, build the bundle again")
+    if manifest.bounds.provider not in PROVIDERS:
+        raise ArtifactError(
+            f"{where}: bounds.provider {manifest.bounds.provider!r}: expected one of {', '.join(PROVIDERS)}: the manifest was altered, build the bundle again"
+        )
     try:
         total = sum(form_bytes(unit.parsed(), unit.rows, unit.cols) for unit in manifest.units)
     except ArtifactError as error:

@@ -77,8 +77,20 @@ class _Round:
         """What ought to be left."""
         return int(_MARGIN_SHARE * self.plan.budget_bytes)
 
+    @property
+    def slack(self) -> bool:
+        """Whether it leaves much of the budget unused, and gave something up."""
+        return self.plan.prefix > 0 and self.room_bytes > _UNUSED_SHARE * self.plan.budget_bytes
+
+    @property
+    def tight(self) -> bool:
+        """Whether it exceeds the budget or, having something left to give up, comes too near to it."""
+        return self.room_bytes < (self.margin_bytes if self.plan.prefix > 0 else 0)
+
     def to_dict(self) -> dict[str, Any]:
         return {
+            "context_tokens": self.plan.context_tokens,
+            "cache": self.plan.cache,
             "file_bytes": self.plan.file_bytes,
             "loss_nats": self.plan.loss_nats,
             "predicted_bytes": self.plan.peak_bytes,
@@ -94,8 +106,7 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
     provider = request.profile.provider
     require_supported(provider)
     rounds = _closed_loop(loaded, request, plan, staging, progress)
-    fitting = [item for item in rounds if item.peak_bytes and item.room_bytes >= 0]
-    chosen = max(fitting, key=lambda item: (item.room_bytes >= item.margin_bytes, item.plan.file_bytes), default=rounds[-1])
+    chosen = _best(rounds)
     if chosen is not rounds[-1]:
         _stage(loaded, chosen.plan, request.profile, staging, progress)
     plan = chosen.plan
@@ -122,7 +133,7 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
     while reserve is not None and len(rounds) < _ROUNDS:
         if rounds:
             again = _planned_again(loaded, kept, rounds[-1], reserve)
-            if again is None or again.choices == rounds[-1].plan.choices:
+            if again is None or (again.choices, again.context_tokens) == (rounds[-1].plan.choices, rounds[-1].plan.context_tokens):
                 break
             plan = replace(again, cache_note=plan.cache_note)
         _stage(loaded, plan, request.profile, staging, progress)
@@ -151,10 +162,14 @@ def _planned_again(loaded: LoadedMap, request: Request, last: _Round, reserve: i
 
 def _next_reserve(last: _Round) -> int | None:
     """What to keep free beside the prediction in the next round, or None when this one will do."""
-    binding = last.plan.prefix > 0
-    if last.room_bytes < (last.margin_bytes if binding else 0) or (binding and last.room_bytes > _UNUSED_SHARE * last.plan.budget_bytes):
-        return last.peak_bytes - last.plan.peak_bytes + last.margin_bytes
-    return None
+    return last.peak_bytes - last.plan.peak_bytes + last.margin_bytes if last.tight or last.slack else None
+
+
+def _best(rounds: Sequence[_Round]) -> _Round:
+    """The round to publish: of those that fit, one that is neither tight nor slack, and of these the one of the most weights;
+    the last where none fits."""
+    fitting = [item for item in rounds if item.peak_bytes and item.room_bytes >= 0]
+    return max(fitting, key=lambda item: (not item.tight and not item.slack, not item.slack, item.plan.file_bytes), default=rounds[-1])
 
 
 def _polished(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress, polishing: Polishing | None) -> dict[str, Any] | None:

@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from packager.files import dump_json, write_text
+from packager.errors import ArtifactError
+from packager.files import dump_json, read_json, write_text
 from packager.sizes import format_size
 
 SCHEMA = 1
+REPORT_FILE = "report.json"
+ROUND_KEYS = ("predicted_bytes", "measured_bytes", "file_bytes", "context_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +51,27 @@ class ValidationReport:
 
 def write_report(report: ValidationReport, out: Path) -> None:
     """`report.json` and `report.html` into folder `out`."""
-    write_text(out / "report.json", dump_json(report.to_dict()))
+    write_text(out / REPORT_FILE, dump_json(report.to_dict()))
     write_text(out / "report.html", to_html(report))
+
+
+def earlier_rounds(folder: Path, bundle_sha256: str) -> tuple[dict[str, Any], ...]:
+    """The builds that led to the bundle in `folder`, from the report that lies there; none where that is of another bundle or no report."""
+    try:
+        report = read_json(folder / REPORT_FILE)
+    except ArtifactError:
+        return ()
+    rounds = report.get("rounds")
+    if report.get("bundle_sha256") != bundle_sha256 or not isinstance(rounds, list):
+        return ()
+    return tuple(item for item in rounds if isinstance(item, dict) and all(isinstance(item.get(key), int) for key in ROUND_KEYS))
+
+
+def round_text(number: int, item: dict[str, Any]) -> str:
+    """One build of the closed loop, for people."""
+    predicted, weights = (format_size(item[key]) for key in ("predicted_bytes", "file_bytes"))
+    measured = f"measured {format_size(item['measured_bytes'])}" if item["measured_bytes"] else "not measured"
+    return f"round {number}: predicted {predicted}, {measured}, weights {weights}, context {item['context_tokens']}"
 
 
 def shown(value: Any, unit: str) -> str:
@@ -82,6 +104,7 @@ def to_html(report: ValidationReport) -> str:
     bars = "".join(
         f"<tr>{cell(name)}{cell(format_size(size))}<td><div style='width:{max(0, 300 * size // widest)}px'></div></td></tr>" for name, size in terms.items()
     )
+    rounds = "".join(f"<li>{html.escape(round_text(number, item))}</li>" for number, item in enumerate(report.rounds, 1))
     limit = f"hard limit by {report.enforced_by}" if report.enforced_by else "memory limit not enforced: this system offers none"
     return f"""<!doctype html><meta charset=utf-8><title>Validation report</title>
 <style>body{{font:16px system-ui;margin:2em;max-width:70em}}td,th{{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}}
@@ -89,5 +112,6 @@ def to_html(report: ValidationReport) -> str:
 <h1>{"Valid" if report.passed else "NOT valid"}</h1><p>Bundle {report.bundle_sha256}; {html.escape(limit)}.</p>
 <table><tr><th>check<th>value<th>limit<th>unit<th>verdict</tr>{rows}</table>
 <h2>Predicted memory at the peak ({html.escape(report.predicted["memory"]["peak_phase"])})</h2><table>{bars}</table>
+<h2>Builds until it fit</h2><ul>{rounds}</ul>
 <h2>A sentence</h2><p>{html.escape(report.answer.get("prompt", ""))}</p><blockquote>{html.escape(report.answer.get("text", ""))}</blockquote>
 """

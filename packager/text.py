@@ -12,7 +12,7 @@ from packager.errors import ArtifactError
 from packager.identity import MapIdentity
 from packager.plan import PLAN_FILE, Plan, load_map, read_plan
 from packager.profile import DeviceProfile
-from packager.report import ValidationReport, shown, verdict
+from packager.report import ValidationReport, round_text, shown, verdict
 from packager.scoremap import MAP_FILE
 from packager.sizes import format_size
 from packager.sweep import BY_PEAK, MOST_NOISE, Curve
@@ -56,16 +56,17 @@ def score_text(identity: MapIdentity, nats_per_byte: float, seconds: Mapping[str
 
 def frontier_dicts(frontier: Sequence[Plan]) -> list[dict[str, Any]]:
     """What each plan of a frontier trades, as plain data."""
-    keys = ("context_tokens", "file_bytes", "ratio", "loss_nats", "peak_bytes")
+    keys = ("context_tokens", "cache", "file_bytes", "ratio", "loss_nats", "peak_bytes")
     return [{key: getattr(plan, key) for key in keys} for plan in frontier]
 
 
 def frontier_text(frontier: Sequence[Plan]) -> str:
     """Context against weights within one budget, the plan that is taken marked."""
     lines = [f"context against weights within {format_size(frontier[0].budget_bytes)} ('--context N' takes another row)"]
-    lines.append(f"  {'context':>9} {'weights':>10} {'ratio':>7} {'loss, nats':>11} {'peak':>10}")
+    lines.append(f"  {'context':>9} {'cache':>6} {'weights':>10} {'ratio':>7} {'loss, nats':>11} {'peak':>10}")
     for plan in frontier:
-        row = f"  {plan.context_tokens:>9} {format_size(plan.file_bytes):>10} {plan.ratio:>7.1%} {plan.loss_nats:>+11.4f} {format_size(plan.peak_bytes):>10}"
+        what = f"{plan.context_tokens:>9} {plan.cache:>6} {format_size(plan.file_bytes):>10} {plan.ratio:>7.1%}"
+        row = f"  {what} {plan.loss_nats:>+11.4f} {format_size(plan.peak_bytes):>10}"
         lines.append(row + ("  taken" if plan is frontier[0] else ""))
     return "\n".join(lines)
 
@@ -128,9 +129,7 @@ def report_text(report: ValidationReport) -> str:
         unit = "" if check.unit == "bytes" else check.unit
         rows.append((check.name, shown(check.value, check.unit), shown(check.limit, check.unit), unit, verdict(check)))
     lines = _table(rows)
-    for number, item in enumerate(report.rounds, 1):
-        predicted, measured, weights = (format_size(item[key]) for key in ("predicted_bytes", "measured_bytes", "file_bytes"))
-        lines.append(f"round {number}: predicted {predicted}, {f'measured {measured}' if item['measured_bytes'] else 'the run failed'}, weights {weights}")
+    lines += [round_text(number, item) for number, item in enumerate(report.rounds, 1)]
     if not report.enforced_by:
         lines.append("memory limit: not enforced, this system offers no cgroup to this user")
     if report.answer:

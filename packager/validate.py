@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from packager.bundle import GOLDEN_FILE, GRAPH_FILE
 from packager.errors import RuntimeCheckError
+from packager.files import forget_pages
 from packager.limits import LimitedRun, run_limited
 from packager.manifest import Manifest
 from packager.progress import Progress
@@ -37,16 +38,22 @@ _RUNTIME_LOSS_LIMIT = 0.05
 def measure_device(root: Path, budget_bytes: int | None, golden: Path | None = None) -> tuple[dict[str, Any] | None, LimitedRun]:
     """Run the acceptance test on the bundle in `root` under a limit. None when it did not finish.
 
-    The test that runs is this package's, not the file in the bundle: nothing in a bundle is executed here.
+    The test that runs is this package's, not the file in the bundle: nothing in a bundle is executed here. Under a limit
+    it begins with no page of the bundle in the system's cache, as after a start of the device: a limit counts a page with
+    the group that first touches it, and that must be the test.
     """
     script = Path(__file__).with_name("device_check.py")
     extra = ["--golden", str(golden)] if golden else []
-    done = run_limited([sys.executable, "-I", str(script), str(root), "--prompt", PROMPT, *extra], budget_bytes)
+    if budget_bytes is not None:
+        forget_pages(root)
+    # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
+    done = run_limited([sys.executable, "-P", str(script), str(root), "--prompt", PROMPT, *extra], budget_bytes)
     try:
         document: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:
         return None, done
-    return document, done
+    # 0 and 3 are its own: a runtime that crashes once it has answered has crashed.
+    return (document if done.returncode in (0, 3) else None), done
 
 
 def validate_bundle(
@@ -148,7 +155,11 @@ def _device_checks(document: dict[str, Any] | None, done: LimitedRun, budget: in
     if document is None:
         return [Check(name="acceptance test on the runtime", value=done.ending, limit="runs to its end", unit="", passed=False)]
     checks = [Check(**row) for row in document["checks"]]
+    if not document["memory"]:
+        checks.append(Check(name="peak memory of the process", value="not measured: no /proc here", limit=None, unit="", passed=None))
     checks.append(Check(name="hard limit during the test", value=done.enforced or "not enforced", limit=budget, unit="", passed=None))
+    if done.charged_bytes is not None:
+        checks.append(Check(name="most that the limit counted, files' pages too", value=done.charged_bytes, limit=budget, unit="bytes", passed=None))
     for name, unit in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
         checks.append(Check(name=f"speed of {name} at full context", value=document["speed"][unit], limit=None, unit="tokens/s", passed=None))
     return checks

@@ -76,6 +76,13 @@ def test_accelerators_and_systems_without_proc_are_refused(tmp_path: Path, monke
         calibrate(profile, tmp_path, Silent())
 
 
+def test_too_few_kernels_for_a_fit_are_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packager.calibrate, "_measure", lambda *arguments: pytest.fail("measured"))
+    expected = r"^profile float-only has kernels for 3 of the 15 runs that coefficients are fitted to, 6 are needed: calibrate a profile with runtime.bits"
+    with pytest.raises(UsageError, match=expected):
+        calibrate(load_profile("float-only"), tmp_path, Silent())
+
+
 def test_kernels_that_the_device_lacks_are_not_run() -> None:
     four = dataclasses.replace(load_profile("raspberry-pi-4-4gb"), bits=(4,))
     kept = [item for shapes in (FITTED, HELD_OUT) for each in shapes.values() for item in each.runs if packager.calibrate._case(four, item) is not None]

@@ -414,6 +414,7 @@ MALFORMED: dict[str, Callable[[Any], None]] = {
     "another schema": lambda manifest: manifest.update(schema=99),
     "no bounds": lambda manifest: manifest.pop("bounds"),
     "a budget a text": lambda manifest: manifest["bounds"].update(budget_bytes="much"),
+    "an unknown provider": lambda manifest: manifest["bounds"].update(provider="abacus"),
     "no units": lambda manifest: manifest.pop("units"),
     "a unit short": lambda manifest: manifest["units"].pop(),
     "an unknown form": lambda manifest: manifest["units"][0].update(form="q9g9"),
