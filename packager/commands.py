@@ -80,7 +80,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(dump_json(plan.to_dict() | ({"frontier": text.frontier_dicts(frontier)} if frontier else {})))
     else:
-        print("\n".join([text.plan_text(plan), *([text.frontier_text(frontier)] if frontier else [])]))
+        print("\n".join([text.plan_text(plan, request.wanted_tokens), *([text.frontier_text(frontier)] if frontier else [])]))
     return 0
 
 
@@ -241,7 +241,7 @@ def _show_built(arguments: argparse.Namespace, built: Any) -> int:
         report = built.report.to_dict() if built.report else None
         print(dump_json({"bundle": str(arguments.output), "plan": built.plan.to_dict(), "polish": built.manifest.polish, "report": report}))
     else:
-        print(text.plan_text(built.plan))
+        print(text.plan_text(built.plan, _request(arguments).wanted_tokens))
         if built.manifest.polish:
             print(text.polish_text(built.manifest.polish))
         if built.report:

@@ -188,6 +188,11 @@ class Request:
     context_tokens: int | Literal["auto"] | None = None
     cache: str | None = None
 
+    @property
+    def wanted_tokens(self) -> int:
+        """The profile's context where that is what to build for, else 0."""
+        return self.profile.context_tokens if self.context_tokens is None else 0
+
     def frontier(self, loaded: LoadedMap, reserve_bytes: int = 0) -> tuple[Plan, ...]:
         """What there is to choose from where the context is AUTO, with any cache on offer; `plan` takes the first."""
 

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 _BAR = 30
 
 
-def plan_text(plan: Plan) -> str:
-    """What was chosen, what it is predicted to weigh and cost, and where the memory goes."""
+def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
+    """What was chosen, what it is predicted to weigh and cost, and where the memory goes; `wanted_tokens` is the context that the
+    profile has, where the plan was to have it."""
     terms: Mapping[str, int] = plan.memory["phases"][plan.memory["peak_phase"]]
     whole = max(plan.budget_bytes, plan.peak_bytes, 1)
+    bounded = f", all that the model was made for ({plan.profile} has {wanted_tokens})" if wanted_tokens > plan.context_tokens else ""
     lines = [
-        f"profile      {plan.profile}: budget {format_size(plan.budget_bytes)}, context {plan.context_tokens} tokens",
+        f"profile      {plan.profile}: budget {format_size(plan.budget_bytes)}, context {plan.context_tokens} tokens{bounded}",
         f"chosen       {format_size(plan.file_bytes)} of weights, {plan.ratio:.1%} of the float16 model ({plan.prefix} of {plan.moves} moves)",
         f"forms        {forms_text(plan.choices.values())}",
         f"cache        {plan.cache}" + (f" (+{plan.cache_nats:.4f} nats)" if plan.cache_nats else "") + (f": {plan.cache_note}" if plan.cache_note else ""),
