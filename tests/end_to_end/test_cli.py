@@ -569,7 +569,7 @@ def test_a_build_whose_runtime_crashes_is_published_as_not_valid(
     assert done.code == 3
     assert "crashed (SIGABRT) in phase 'start'" in done.out
     assert "round 1: predicted " in done.out
-    assert ", the run failed, weights " in done.out
+    assert ", not measured, weights " in done.out
 
 
 @pytest.mark.parametrize(
