@@ -1,0 +1,134 @@
+"""What the runtime's settings do to a bundle's peak memory and speed: each setting alone, beside the bundle as it was built.
+
+    python benchmarks/settings.py --bundle BUNDLE [--new 32] [--repeats 3] [--json FILE]
+
+Every run is a fresh process that loads the bundle, fills its longest prompt and decodes; settings take turns, the highest
+peak and the best speed of each count. A setting that the runtime refuses is a row that says so. Speeds mean nothing on a
+busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import show
+
+from packager.bundle import open_bundle
+from packager.device_check import read_tensors
+from packager.files import read_json
+from packager.sizes import format_size
+
+_PROBE = Path(__file__).with_name("runtime_probe.py")
+_CONFIG = "genai_config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Changes to `search`, to the decoder's session and run options, and to the environment."""
+
+    search: Mapping[str, Any] = field(default_factory=dict)
+    session: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 0
+
+
+SETTINGS: dict[str, Setting] = {
+    "as built": Setting(),
+    **{f"chunk_size {size}": Setting(search={"chunk_size": size}) for size in (16, 32, 64, 128, 256, 512)},
+    "the prompt in one piece": Setting(search={"chunk_size": 0}),
+    "past_present_share_buffer false": Setting(search={"past_present_share_buffer": False}),
+    "enable_cpu_mem_arena false": Setting(session={"enable_cpu_mem_arena": False}),
+    "enable_mem_pattern false": Setting(session={"enable_mem_pattern": False}),
+    "enable_mem_pattern true": Setting(session={"enable_mem_pattern": True}),
+    "arena shrinkage after every run": Setting(run={"memory.enable_memory_arena_shrinkage": "cpu:0"}),
+    "session.disable_prepacking 1": Setting(session={"session.disable_prepacking": "1"}),
+    "session.use_device_allocator_for_initializers 1": Setting(session={"session.use_device_allocator_for_initializers": "1"}),
+    "session.prepack.enable_parallel 0": Setting(session={"session.prepack.enable_parallel": "0"}),
+    "session.intra_op.allow_spinning 0": Setting(session={"session.intra_op.allow_spinning": "0"}),
+    "graph_optimization_level ORT_ENABLE_BASIC": Setting(session={"graph_optimization_level": "ORT_ENABLE_BASIC"}),
+    "MALLOC_ARENA_MAX 1": Setting(environment={"MALLOC_ARENA_MAX": "1"}),
+    "MALLOC_MMAP_THRESHOLD_ 128 KiB": Setting(environment={"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}),
+    "MALLOC_MMAP_THRESHOLD_ 32 MiB": Setting(environment={"MALLOC_MMAP_THRESHOLD_": str(1 << 25)}),
+    "one thread": Setting(threads=1),
+    "four threads": Setting(threads=4),
+}
+
+
+def changed(bundle: Path, setting: Setting, folder: Path) -> None:
+    """The bundle in `folder`: links to its files, and a configuration of its own."""
+    folder.mkdir()
+    for path in bundle.iterdir():
+        if path.name != _CONFIG:
+            (folder / path.name).symlink_to(path.resolve())
+    config = read_json(bundle / _CONFIG)
+    config["search"] |= setting.search
+    decoder = config["model"]["decoder"]
+    decoder["session_options"] |= setting.session
+    if setting.run:
+        decoder["run_options"] = dict(setting.run)
+    (folder / _CONFIG).write_text(json.dumps(config))
+
+
+def run(folder: Path, setting: Setting, ids: Path, new: int, threads: int) -> dict[str, Any] | str:
+    """One fresh process, or how it failed."""
+    # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
+    command = [sys.executable, "-P", str(_PROBE), "genai", str(folder), str(ids), str(new), str(setting.threads or threads), "0", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | setting.environment)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][-100:]
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    bounds = open_bundle(arguments.bundle).bounds
+    text = read_tensors(arguments.bundle / "reference.safetensors", only="heldout")["heldout"].reshape(-1)
+    found: dict[str, list[dict[str, Any] | str]] = {name: [] for name in SETTINGS}
+    with tempfile.TemporaryDirectory() as scratch:
+        (ids := Path(scratch, "ids.json")).write_text(json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist()))
+        for number in range(arguments.repeats):
+            for at, (name, setting) in enumerate(SETTINGS.items()):
+                folder = Path(scratch, str(at))
+                if not number:
+                    changed(arguments.bundle, setting, folder)
+                found[name].append(figures := run(folder, setting, ids, arguments.new, arguments.threads))
+                print(f"run {number + 1}: {name}: {figures}", flush=True)
+    rows, data = [], []
+    first: dict[str, Any] = {}
+    for name, runs in found.items():
+        good = [item for item in runs if isinstance(item, dict)]
+        if len(good) < len(runs):
+            rows.append([name, f"refused: {next(item for item in runs if isinstance(item, str))}", "", "", ""])
+            data.append({"name": name, "failed": True})
+            continue
+        figures = {key: max(item[key] for item in good) for key in good[0]}
+        first = first or figures
+        more = (figures["peak_bytes"] - first["peak_bytes"]) / 2**20
+        speeds = [f"{figures[f'{phase}_tokens_per_second']:.0f}" for phase in ("prefill", "decode")]
+        rows.append([name, format_size(figures["peak_bytes"]), f"{more:+.1f}", *speeds])
+        data.append({"name": name, "failed": False} | figures)
+    title = f"{arguments.bundle.name}: context {bounds.context_tokens}, {arguments.threads} threads, {arguments.repeats} fresh processes each"
+    show(title, ["setting", "peak", "over as built, MiB", "prefill, tokens/s", "decode, tokens/s"], rows, arguments.json, data)
+
+
+if __name__ == "__main__":
+    main()
