@@ -166,10 +166,16 @@ def _next_reserve(last: _Round) -> int | None:
 
 
 def _best(rounds: Sequence[_Round]) -> _Round:
-    """The round to publish: of those that fit, one that is neither tight nor slack, and of these the one of the most weights;
-    the last where none fits."""
+    """The round to publish. Of those that fit, the one of the most weights that is neither tight nor slack; else the tight one that
+    has the most room, for its peak is measured once more; else the largest slack one. The last where none fits."""
+
+    def rank(item: _Round) -> tuple[int, int]:
+        if item.tight:
+            return 1, item.room_bytes
+        return 0 if item.slack else 2, item.plan.file_bytes
+
     fitting = [item for item in rounds if item.peak_bytes and item.room_bytes >= 0]
-    return max(fitting, key=lambda item: (not item.tight and not item.slack, not item.slack, item.plan.file_bytes), default=rounds[-1])
+    return max(fitting, key=rank, default=rounds[-1])
 
 
 def _polished(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress, polishing: Polishing | None) -> dict[str, Any] | None:

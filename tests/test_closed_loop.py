@@ -110,6 +110,7 @@ def test_of_the_rounds_the_largest_that_fits_and_uses_its_budget_is_published() 
     assert _best([over, slack, good]) is good
     assert _best([larger, good, tight]) is larger
     assert _best([slack, tight]) is tight
+    assert _best([at(200, 86), tight]) is tight
     assert _best([slack, over]) is slack
     assert _best([over, at(202, 88)]).plan.file_bytes == 88
     assert _best([at(0, 70)]).plan.file_bytes == 70  # its run failed: validation says why
