@@ -3,12 +3,12 @@
     python benchmarks/against_runtimes.py --model MODEL_FOLDER --map MAP --text TEXT [--prompt 4000] [--new 32] [--threads 2]
         [--repeats 3] [--gguf FILE …] [--llama-python PYTHON] [--json FILE]
 
-Ours take at most the bytes (graph and weights) of the stock export. That runs in three ways: as it is, for
-the model's whole context and with the logits of the whole prompt; with the context and the pieces of a prompt that our bundles
-set as well; and with that context alone. The GGUF files are of about the same size, by default the demo package's own, where the model is of its
-shape: neither memory nor speed depends on what the weights are. They run in PYTHON, an interpreter that has llama-cpp-python,
-and are passed over where there is none. Every run is a fresh process; the contestants take turns, the best speed and the
-highest peak of each count. Speeds mean nothing on a busy machine.
+Ours take at most the bytes (graph and weights) of the stock export. That runs in three ways: as it is, for the model's whole
+context and with the logits of the whole prompt; with the context and the pieces of a prompt that our bundles set as well; and
+with that context alone. The GGUF files are of about the same size, by default the demo package's own, where the model is of
+its shape: neither memory nor speed depends on what the weights are. They run in PYTHON, an interpreter that has
+llama-cpp-python, and are passed over where there is none. Every run is a fresh process; the contestants take turns, the best
+speed and the highest peak of each count. Speeds mean nothing on a busy machine.
 """
 
 from __future__ import annotations
