@@ -89,14 +89,21 @@ def load_reference(root: Path, manifest: Manifest) -> Reference:
 
 
 def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The (rows, cols) matrix of unit `name`, from the initializers that surgery named after it."""
-    tensors = {}
+    """The (rows, cols) matrix of unit `name`, from the initializers that surgery named after it, in memory of its own.
+
+    Their file is let go of: pages that are mapped here could not be forgotten, and no limit would count them with the device's test.
+    """
+    stored = {}
     for part in form.tensors(rows, cols):
         value = graph.initializers.get(f"{name}.{part}")
         if value is None or value.const_value is None:
             raise ArtifactError(f"the graph has no {name}.{part}: graph and manifest do not belong together")
-        tensors[part] = np.asarray(value.const_value.numpy())
-    return dequantize(form, tensors, rows, cols)
+        stored[part] = value.const_value
+    weights = dequantize(form, {part: np.asarray(tensor.numpy()) for part, tensor in stored.items()}, rows, cols)
+    for tensor in stored.values():
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+    return weights
 
 
 @torch.no_grad()
