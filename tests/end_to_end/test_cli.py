@@ -482,6 +482,17 @@ def test_a_map_of_a_later_version_is_refused(maps: Callable[[str], Path], profil
     assert (done.code, done.err) == (1, f"packager: {folder / 'map.json'} has schema 99, this version reads 2: score the model again\n")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not say what a process has mapped")
+def test_the_reference_holds_on_to_no_file_of_the_bundle(bundle_copy: Path) -> None:
+    """What this process has mapped cannot be forgotten, and a limit would not count it with the device's test."""
+    from packager.bundle import open_bundle
+    from packager.reference import load_reference
+
+    held = load_reference(bundle_copy, open_bundle(bundle_copy))
+    assert held.heldout.numel()
+    assert str(bundle_copy) not in Path("/proc/self/maps").read_text()
+
+
 def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
     """Weights that are hashed as they are but are not what the reference was made of: the golden file must catch it."""
     succeed("validate", bundle_copy)
