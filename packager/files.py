@@ -87,18 +87,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def forget_pages(folder: Path) -> None:
-    """Have the system drop the files under `folder` from its page cache, where it can be asked to: the next reader reads them from
-    the disk, and it is the one whose memory they count with. Pages that a process has mapped stay."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def refuse_existing(target: Path, *, force: bool) -> None:
     """ArtifactError when `target` exists and may not be replaced: without `force`, or when it is no artefact of ours."""
     if not target.exists() and not target.is_symlink():

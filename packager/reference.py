@@ -91,7 +91,7 @@ def load_reference(root: Path, manifest: Manifest) -> Reference:
 def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The (rows, cols) matrix of unit `name`, from the initializers that surgery named after it, in memory of its own.
 
-    Their file is let go of: pages that are mapped here could not be forgotten, and no limit would count them with the device's test.
+    Their file is let go of: nothing of the bundle stays mapped here.
     """
     stored = {}
     for part in form.tensors(rows, cols):

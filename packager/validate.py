@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from packager.bundle import GOLDEN_FILE, GRAPH_FILE
 from packager.errors import RuntimeCheckError
-from packager.files import forget_pages
 from packager.limits import LimitedRun, run_limited
 from packager.manifest import Manifest
 from packager.progress import Progress
@@ -38,13 +37,10 @@ _RUNTIME_LOSS_LIMIT = 0.05
 def measure_device(root: Path, budget_bytes: int | None, golden: Path | None = None) -> tuple[dict[str, Any] | None, LimitedRun]:
     """Run the acceptance test on the bundle in `root` under a limit. None when it did not finish.
 
-    The test that runs is this package's, not the file in the bundle: nothing in a bundle is executed here. It begins with
-    no page of the bundle in the system's cache, as after a start of the device: a limit counts a page with the group that
-    first touches it, and that must be the test. Without a limit too, for what is mapped depends on how it was read.
+    The test that runs is this package's, not the file in the bundle: nothing in a bundle is executed here.
     """
     script = Path(__file__).with_name("device_check.py")
     extra = ["--golden", str(golden)] if golden else []
-    forget_pages(root)
     # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
     done = run_limited([sys.executable, "-P", str(script), str(root), "--prompt", PROMPT, *extra], budget_bytes)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from packager import limits
-from packager.files import forget_pages
 from packager.limits import LimitedRun, run_limited
 
 GREEDY = """
@@ -72,27 +70,6 @@ def test_a_child_killed_by_somebody_else_is_not_called_killed_at_the_limit(group
         pytest.skip("this system does not say whom a limit killed")
     assert not done.killed_at_limit
     assert done.ending == "was killed from outside (SIGKILL; the system itself may be out of memory) in phase 'start'"
-
-
-@limited
-def test_a_limit_counts_the_pages_of_forgotten_files(tmp_path: Path) -> None:
-    """Of a file that this process has just written none: its pages are charged to whoever had them first."""
-    kind = subprocess.run(["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True).stdout.strip()
-    if kind in ("tmpfs", "ramfs"):
-        pytest.skip("files in memory cannot be forgotten")
-    size = 64 << 20
-    file = tmp_path / "folder" / "file"
-    file.parent.mkdir()
-    file.write_bytes(bytes(size))
-    reader = f"import pathlib; assert len(pathlib.Path({str(file)!r}).read_bytes()) == {size}"
-    known = run(reader, 1 << 30)
-    if known.charged_bytes is None:
-        pytest.skip("this system does not say what a limit counted")
-    forget_pages(tmp_path)
-    forgotten = run(reader, 1 << 30)
-    assert known.returncode == forgotten.returncode == 0
-    assert forgotten.charged_bytes is not None
-    assert forgotten.charged_bytes - known.charged_bytes > 0.9 * size
 
 
 def test_without_a_limit_nothing_is_enforced() -> None:
