@@ -484,7 +484,7 @@ def test_a_map_of_a_later_version_is_refused(maps: Callable[[str], Path], profil
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not say what a process has mapped")
 def test_the_reference_holds_on_to_no_file_of_the_bundle(bundle_copy: Path) -> None:
-    """What this process has mapped cannot be forgotten, and a limit would not count it with the device's test."""
+    """A bundle may be large: once its weights are made into the reference, its file is let go of."""
     from packager.bundle import open_bundle
     from packager.reference import load_reference
 
