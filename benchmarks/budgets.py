@@ -3,7 +3,7 @@
     python benchmarks/budgets.py --map MAP [--profile laptop-16gb] [--context 512] [--count 24 | --budgets 180MiB 200MiB …]
                                  [--repeats 3] [--most 9] [--json FILE]
 
-Budgets are spread evenly between 8 MiB above the map's minimum and what the float16 model's size would need. Every bundle is then
+Budgets are spread evenly between the map's minimum and what the float16 model's size would need. Every bundle is then
 run `--repeats` times under its limit and as often without one, in turns: mapped weights can be dropped and read again,
 so a run that survives its limit may still crawl. A speed below 0.9 of the free one fails: the median of the ratios of all pairs
 of runs, which are `--most` where after `--repeats` it is below. A failed check, a limit that nothing enforces and a binding
@@ -33,8 +33,6 @@ from packager.validate import measure_device
 
 LEAST_SHARE = 0.9
 LEAST_USE = 0.93
-_ABOVE_LEAST = 8 << 20
-"""Bytes between the least budget, in which the smallest model is predicted to fit to the byte, and the first one tried."""
 PHASES = ("prefill", "decode")
 HEADER = [
     "budget",
@@ -64,7 +62,7 @@ def spread(request: Request, loaded: LoadedMap, count: int) -> list[int]:
         middle = (low + high) // 2
         plan = Request(profile=request.profile, budget_bytes=middle, context_tokens=request.context_tokens).plan(loaded)
         low, high = (middle, high) if plan.ratio < 1 else (low, middle)
-    return [least + _ABOVE_LEAST + (low - least) * step // max(1, count - 1) for step in range(count)]
+    return [least + (2 << 20) + (low - least) * step // max(1, count - 1) for step in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
