@@ -1,14 +1,14 @@
 """Peak memory and speed side by side: our bundles, ONNX Runtime GenAI's own int4 export, and llama.cpp.
 
-    python benchmarks/against_runtimes.py --model MODEL_FOLDER --map MAP --text TEXT [--prompt 4000] [--new 32] [--threads 2]
-        [--repeats 3] [--gguf FILE …] [--llama-python PYTHON] [--json FILE]
+    python benchmarks/against_runtimes.py --model MODEL_FOLDER --map MAP --text TEXT [--prompt 4000] [--new 32]
+        [--threads 2] [--repeats 3] [--gguf FILE …] [--llama-python PYTHON] [--json FILE]
 
-Ours take at most the bytes (graph and weights) of the stock export. That runs in three ways: as it is, for the model's whole
-context and with the logits of the whole prompt; with the context and the pieces of a prompt that our bundles set as well; and
-with that context alone. The GGUF files are of about the same size, by default the demo package's own, where the model is of
-its shape: neither memory nor speed depends on what the weights are. They run in PYTHON, an interpreter that has
-llama-cpp-python, and are passed over where there is none. Every run is a fresh process; the contestants take turns, the best
-speed and the highest peak of each count. Speeds mean nothing on a busy machine.
+Ours take at most the bytes (graph and weights) of the stock export. That runs in three ways: as it is, for the model's
+whole context and with the logits of the whole prompt; with the context and the pieces of a prompt that our bundles set
+as well; and with that context alone. The GGUF files are of about the same size, by default the demo package's own,
+where the model is of its shape: neither memory nor speed depends on what the weights are. They run in PYTHON, an
+interpreter that has llama-cpp-python, and are passed over where there is none. Every run is a fresh process; the
+contestants take turns, the best speed and the highest peak of each count. Speeds mean nothing on a busy machine.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any
 from against_stock_export import stock_export
 from common import graph_bytes, show
 
-from packager.bundle import GRAPH_FILE, write_contents
-from packager.caches import offered
-from packager.checkpoint import DEMO, open_checkpoint
+from packager.bundle.writer import GRAPH_FILE, write_contents
 from packager.errors import ModelError
-from packager.plan import load_map, plan_file_bytes
+from packager.planning.kv_cache_choice import offered
+from packager.planning.plan import load_map, plan_file_bytes
 from packager.profile import load_profile
 from packager.sizes import format_size
+from packager.source.checkpoint import DEMO, open_checkpoint
 
 _PROFILE = "laptop-16gb"
 _PROBE = Path(__file__).with_name("runtime_probe.py")
@@ -68,7 +68,16 @@ def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) 
             write_contents(loaded, plan_file_bytes(loaded.with_cache(kind), profile, limit - over), profile, folder)
             size = graph_bytes(folder / GRAPH_FILE)
             over += max(0, size - limit)
-        found.append(Contestant(name=f"packager, {kind} cache", runtime="genai", python=sys.executable, path=folder, bytes=size, max_length=0))
+        found.append(
+            Contestant(
+                name=f"packager, {kind} cache",
+                runtime="genai",
+                python=sys.executable,
+                path=folder,
+                bytes=size,
+                max_length=0,
+            )
+        )
     return found
 
 
@@ -76,7 +85,10 @@ def llama_cpp(arguments: argparse.Namespace, length: int) -> list[Contestant]:
     """llama.cpp with each GGUF file, or a line that says why not."""
     done = subprocess.run([arguments.llama_python, "-c", "import llama_cpp"], capture_output=True, text=True)
     if done.returncode:
-        print(f"llama.cpp skipped: {arguments.llama_python} has no llama-cpp-python; pip install it into any environment and name it by --llama-python")
+        print(
+            f"llama.cpp skipped: {arguments.llama_python} has no llama-cpp-python; pip install it into any "
+            f"environment and name it by --llama-python"
+        )
         return []
     try:
         files = arguments.gguf or [open_checkpoint(DEMO).files[0]]
@@ -84,7 +96,14 @@ def llama_cpp(arguments: argparse.Namespace, length: int) -> list[Contestant]:
         print(f"llama.cpp skipped: no --gguf, and {error}")
         return []
     return [
-        Contestant(name=f"llama.cpp, {gguf.name}", runtime="llama", python=arguments.llama_python, path=gguf, bytes=gguf.stat().st_size, max_length=length)
+        Contestant(
+            name=f"llama.cpp, {gguf.name}",
+            runtime="llama",
+            python=arguments.llama_python,
+            path=gguf,
+            bytes=gguf.stat().st_size,
+            max_length=length,
+        )
         for gguf in files
     ]
 
@@ -92,8 +111,19 @@ def llama_cpp(arguments: argparse.Namespace, length: int) -> list[Contestant]:
 def run(contestant: Contestant, ids: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One fresh process."""
     # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
-    command = [contestant.python, "-P", str(_PROBE), contestant.runtime, str(contestant.path), str(ids), str(arguments.new), str(arguments.threads)]
-    child = subprocess.run([*command, str(contestant.max_length), str(contestant.chunk_size)], capture_output=True, text=True)
+    command = [
+        contestant.python,
+        "-P",
+        str(_PROBE),
+        contestant.runtime,
+        str(contestant.path),
+        str(ids),
+        str(arguments.new),
+        str(arguments.threads),
+    ]
+    child = subprocess.run(
+        [*command, str(contestant.max_length), str(contestant.chunk_size)], capture_output=True, text=True
+    )
     if child.returncode:
         raise SystemExit(f"{contestant.name} ended with status {child.returncode}: {child.stderr[-2000:]}")
     figures: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
@@ -115,16 +145,27 @@ def main() -> None:
     arguments = parser.parse_args()
 
     text = arguments.text.read_text(encoding="utf-8")[: arguments.prompt * 16]
-    tokens = open_checkpoint(str(arguments.model)).tokenizer()(text, add_special_tokens=False)["input_ids"][: arguments.prompt]
+    tokens = open_checkpoint(str(arguments.model)).tokenizer()(text, add_special_tokens=False)["input_ids"][
+        : arguments.prompt
+    ]
     if len(tokens) < arguments.prompt:
-        raise SystemExit(f"{arguments.text} has {len(tokens)} tokens, fewer than the prompt's {arguments.prompt}: name a longer text")
+        raise SystemExit(
+            f"{arguments.text} has {len(tokens)} tokens, fewer than the prompt's {arguments.prompt}: name a longer text"
+        )
     length = arguments.prompt + arguments.new
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (ids := scratch / "ids.json").write_text(json.dumps(tokens))
         stock = stock_export(arguments.model, scratch / "stock")
         size = graph_bytes(stock)
-        plain = Contestant(name="stock int4 export as it is", runtime="genai", python=sys.executable, path=stock.parent, bytes=size, max_length=0)
+        plain = Contestant(
+            name="stock int4 export as it is",
+            runtime="genai",
+            python=sys.executable,
+            path=stock.parent,
+            bytes=size,
+            max_length=0,
+        )
         bounded = dataclasses.replace(plain, name=f"stock int4 export, max_length {length}", max_length=length)
         chunk = load_profile(_PROFILE).chunk_tokens
         chunked = dataclasses.replace(bounded, name=f"{bounded.name}, chunk_size {chunk}", chunk_size=chunk)
@@ -146,7 +187,10 @@ def main() -> None:
         rows.append([item["name"], f"{item['bytes']:,}", peak, *(f"{item[key]:.1f}" for key in keys[1:]), *ratios])
     against = [f"× {name}: peak / prefill / decode" for name in ("stock as it is", "stock with our context and pieces")]
     header = ["model", "bytes", "peak, MB", "prefill, tokens/s", "decode, tokens/s", *against]
-    title = f"prompt of {arguments.prompt} tokens, {arguments.new} decoded, {arguments.threads} threads, {arguments.repeats} fresh processes each"
+    title = (
+        f"prompt of {arguments.prompt} tokens, {arguments.new} decoded, {arguments.threads} threads, "
+        f"{arguments.repeats} fresh processes each"
+    )
     show(title, header, rows, arguments.json, data)
 
 

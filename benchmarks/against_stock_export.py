@@ -18,19 +18,33 @@ from pathlib import Path
 
 from common import graph_bytes, half_window_losses, show, torch_losses
 
-from packager.bundle import GRAPH_FILE, write_contents
-from packager.checkpoint import open_checkpoint
-from packager.plan import load_map, plan_file_bytes
+from packager.bundle.writer import GRAPH_FILE, write_contents
+from packager.planning.plan import load_map, plan_file_bytes
+from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
-from packager.scoring.calibration import text_windows
-from packager.sweep import standard_error
+from packager.source.calibration_text import text_windows
+from packager.source.checkpoint import open_checkpoint
 
 _GRAPH_ALLOWANCE = 1 << 20
 
 
 def stock_export(model: Path, out: Path) -> Path:
     """The exporter's own int4 model, with its defaults for CPU."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", "int4", "-e", "cpu", "-c", str(out / "cache")]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(model),
+        "-o",
+        str(out),
+        "-p",
+        "int4",
+        "-e",
+        "cpu",
+        "-c",
+        str(out / "cache"),
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         subprocess.run(command, check=True, capture_output=True)
     return out / "model.onnx"
@@ -45,7 +59,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    checkpoint, loaded, profile = open_checkpoint(str(arguments.model)), load_map(arguments.map), load_profile("edge-box-256mb")
+    checkpoint, loaded, profile = (
+        open_checkpoint(str(arguments.model)),
+        load_map(arguments.map),
+        load_profile("edge-box-256mb"),
+    )
     windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
     original = torch_losses(checkpoint.load(), windows)
     rows, data = [["source, float32", "", f"{original.mean():.4f}", "", "", ""]], []
@@ -71,7 +89,9 @@ def main() -> None:
                     f"{rise.mean() / stock_rise:.2f}",
                 ]
             )
-            data.append({"name": name, "bytes": graph_bytes(graph), "loss_nats": losses.mean(), "rise_nats": rise.mean()})
+            data.append(
+                {"name": name, "bytes": graph_bytes(graph), "loss_nats": losses.mean(), "rise_nats": rise.mean()}
+            )
     show(
         f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored",
         ["model", "bytes", "loss (nats/token)", "rise", "predicted", "× stock's rise"],

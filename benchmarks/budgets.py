@@ -1,13 +1,14 @@
-"""One map, many budgets: what was predicted and what was measured, each bundle built and validated as 'packager build' does.
+"""One map, many budgets: what was predicted and what was measured, each bundle built and validated as 'packager build'
+does.
 
-    python benchmarks/budgets.py --map MAP [--profile laptop-16gb] [--context 512] [--count 24 | --budgets 180MiB 200MiB …]
-                                 [--repeats 3] [--most 9] [--json FILE]
+    python benchmarks/budgets.py --map MAP [--profile laptop-16gb] [--context 512] [--count 24 |
+                                 --budgets 180MiB 200MiB …] [--repeats 3] [--most 9] [--json FILE]
 
 Budgets are spread evenly between the map's minimum and what the float16 model's size would need. Every bundle is then
 run `--repeats` times under its limit and as often without one, in turns: mapped weights can be dropped and read again,
-so a run that survives its limit may still crawl. A speed below 0.9 of the free one fails: the median of the ratios of all pairs
-of runs, which are `--most` where after `--repeats` it is below. A failed check, a limit that nothing enforces and a binding
-budget of which less than 93 % is used fail too; the exit status is 1 where any budget fails.
+so a run that survives its limit may still crawl. A speed below 0.9 of the free one fails: the median of the ratios of
+all pairs of runs, which are `--most` where after `--repeats` it is below. A failed check, a limit that nothing enforces
+and a binding budget of which less than 93 % is used fail too; the exit status is 1 where any budget fails.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from typing import Any
 
 from common import show
 
-from packager.bars import Bars
+from packager.cli.progress_bars import Bars
 from packager.errors import InfeasibleBudgetError
 from packager.pipeline import build
-from packager.plan import LoadedMap, Request, load_map
+from packager.planning.plan import LoadedMap, Request, load_map
 from packager.profile import load_profile
 from packager.sizes import format_size, parse_size
-from packager.validate import measure_device
+from packager.validation.validate import measure_device
 
 LEAST_SHARE = 0.9
 LEAST_USE = 0.93
@@ -67,7 +68,8 @@ def spread(request: Request, loaded: LoadedMap, count: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Medians in tokens per second under the limit and without, and the median of the ratios of `pairs` of runs side by side."""
+    """Medians in tokens per second under the limit and without, and the median of the ratios of `pairs` of runs side by
+    side."""
 
     limited: float
     free: float
@@ -84,7 +86,9 @@ def compared(found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str
     for phase in PHASES:
         limited, free = ([pair[side][f"{phase}_tokens_per_second"] for pair in found] for side in (0, 1))
         share = statistics.median(slow / fast for slow, fast in zip(limited, free, strict=True))
-        result[phase] = Speed(limited=statistics.median(limited), free=statistics.median(free), share=share, pairs=len(found))
+        result[phase] = Speed(
+            limited=statistics.median(limited), free=statistics.median(free), share=share, pairs=len(found)
+        )
     return result
 
 
@@ -104,7 +108,9 @@ def speeds(bundle: Path, budget: int, repeats: int, most: int) -> tuple[dict[str
         if len(found) == repeats and any(speed.share < LEAST_SHARE for speed in compared(found).values()):
             wanted = most
     result = compared(found)
-    return result, [f"{phase} at {speed.share:.2f} × its free speed" for phase, speed in result.items() if speed.share < LEAST_SHARE]
+    return result, [
+        f"{phase} at {speed.share:.2f} × its free speed" for phase, speed in result.items() if speed.share < LEAST_SHARE
+    ]
 
 
 def main() -> int:
@@ -114,14 +120,18 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--budgets", nargs="+")
     parser.add_argument("--count", type=int, default=8, help="how many budgets, where none are named (default: 8)")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with and without the limit for each budget (default: 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="pairs of runs with and without the limit for each budget (default: 3)"
+    )
     parser.add_argument("--most", type=int, default=9, help="as many pairs where a speed looks too low (default: 9)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     loaded, profile = load_map(arguments.map), load_profile(arguments.profile)
     request = Request(profile=profile, context_tokens=arguments.context)
-    budgets = [parse_size(text, of_bytes=profile.memory_bytes) for text in arguments.budgets or ()] or spread(request, loaded, arguments.count)
+    budgets = [parse_size(text, of_bytes=profile.memory_bytes) for text in arguments.budgets or ()] or spread(
+        request, loaded, arguments.count
+    )
     rows, data, enforced = [], [], set()
     for budget in budgets:
         wanted = Request(profile=profile, budget_bytes=budget, context_tokens=arguments.context)
@@ -163,16 +173,23 @@ def main() -> int:
                 "measured": report.measured,
                 "rounds": report.rounds,
                 "speed": {
-                    phase: {"limited": speed.limited, "free": speed.free, "share": speed.share, "pairs": speed.pairs} for phase, speed in by_phase.items()
+                    phase: {"limited": speed.limited, "free": speed.free, "share": speed.share, "pairs": speed.pairs}
+                    for phase, speed in by_phase.items()
                 },
                 "failed": failed,
             }
         )
         print(" | ".join(rows[-1]), flush=True)
-    title = f"{arguments.map.name} on {profile.name}, context {arguments.context}; limit enforced by {', '.join(sorted(enforced))}"
+    title = (
+        f"{arguments.map.name} on {profile.name}, context {arguments.context}; limit enforced by "
+        f"{', '.join(sorted(enforced))}"
+    )
     show(title, HEADER, rows, arguments.json, data)
     good = sum(not entry["failed"] for entry in data)
-    print(f"\n{good} of {len(data)} budgets valid, at {LEAST_SHARE} × the free speed or more, and used to {LEAST_USE:.0%} or more where they bind")
+    print(
+        f"\n{good} of {len(data)} budgets valid, at {LEAST_SHARE} × the free speed or more, and used to "
+        f"{LEAST_USE:.0%} or more where they bind"
+    )
     return int(good < len(data))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packager.runtime import graph_losses, token_losses
-from packager.scoring.calibration import WINDOW
+from packager.runtime.sessions import graph_losses, token_losses
+from packager.source.calibration_text import WINDOW
 
 
 def half_window_losses(graph: Path, windows: NDArray[np.int64], *, cache_width: int = 0) -> NDArray[np.float64]:

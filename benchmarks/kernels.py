@@ -1,10 +1,11 @@
 """Which codes the runtime has kernels for: seconds of one product by a matrix in every form of codes, beside floats.
 
-    python benchmarks/kernels.py [--rows 1536] [--cols 1536] [--threads 1] [--provider CPUExecutionProvider] [--json FILE]
+    python benchmarks/kernels.py [--rows 1536] [--cols 1536] [--threads 1]
+                                 [--provider CPUExecutionProvider] [--json FILE]
 
-One row of activations is a decoded token, 128 are a chunk of a prompt. The forms take turns, and the best of their times
-counts. `packager.forms.KERNEL_BLOCKS` is the last column's source; where it is right, no form with a kernel is anywhere near
-as slow as one without. Speeds mean nothing on a busy machine.
+One row of activations is a decoded token, 128 are a chunk of a prompt. The forms take turns, and the best of their
+times counts. `packager.forms.registry.KERNEL_BLOCKS` is the last column's source; where it is right, no form with a
+kernel is anywhere near as slow as one without. Speeds mean nothing on a busy machine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import onnxruntime as ort
 from common import show
 from onnx import TensorProto, helper, numpy_helper
 
-from packager.forms import BITS, BLOCKS, BlockForm, FloatForm, form_bytes, has_kernels
+from packager.forms.registry import BITS, BLOCKS, BlockForm, FloatForm, form_bytes, has_kernels
 
 _CHUNK = 128
 _ROUNDS = 5
@@ -32,15 +33,35 @@ def graph(form: BlockForm | FloatForm, rows: int, cols: int) -> bytes:
     random = np.random.default_rng(0)
     tensors = []
     for name, spec in form.tensors(rows, cols).items():
-        content = random.integers(0, 256, spec.shape, dtype=np.uint8) if spec.dtype == "uint8" else random.random(spec.shape, dtype=np.float32) / 100
+        content = (
+            random.integers(0, 256, spec.shape, dtype=np.uint8)
+            if spec.dtype == "uint8"
+            else random.random(spec.shape, dtype=np.float32) / 100
+        )
         tensors.append(numpy_helper.from_array(content, name))
     inputs = ["x", *(tensor.name for tensor in tensors)]
     if isinstance(form, FloatForm):
         node = helper.make_node("FusedMatMul", inputs, ["y"], domain="com.microsoft", transB=1)
     else:
-        node = helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", K=cols, N=rows, bits=form.bits, block_size=form.block, accuracy_level=4)
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, width]) for name, width in (("x", cols), ("y", rows)))
-    model = helper.make_model(helper.make_graph([node], "product", [x], [y], tensors), opset_imports=[helper.make_opsetid(*opset) for opset in _OPSETS])
+        node = helper.make_node(
+            "MatMulNBits",
+            inputs,
+            ["y"],
+            domain="com.microsoft",
+            K=cols,
+            N=rows,
+            bits=form.bits,
+            block_size=form.block,
+            accuracy_level=4,
+        )
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, width])
+        for name, width in (("x", cols), ("y", rows))
+    )
+    model = helper.make_model(
+        helper.make_graph([node], "product", [x], [y], tensors),
+        opset_imports=[helper.make_opsetid(*opset) for opset in _OPSETS],
+    )
     model.ir_version = onnx.IR_VERSION_2024_3_25
     return model.SerializeToString()
 
@@ -65,9 +86,22 @@ def main() -> None:
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = arguments.threads
-    forms = [FloatForm(label="f32"), *(BlockForm(bits=bits, block=block, zeros=zeros) for bits in BITS for zeros in (False, True) for block in BLOCKS)]
-    sessions = [ort.InferenceSession(graph(form, arguments.rows, arguments.cols), options, providers=[arguments.provider]) for form in forms]
-    inputs = [np.random.default_rng(1).standard_normal((rows, arguments.cols), dtype=np.float32) for rows in (1, _CHUNK)]
+    forms = [
+        FloatForm(label="f32"),
+        *(
+            BlockForm(bits=bits, block=block, zeros=zeros)
+            for bits in BITS
+            for zeros in (False, True)
+            for block in BLOCKS
+        ),
+    ]
+    sessions = [
+        ort.InferenceSession(graph(form, arguments.rows, arguments.cols), options, providers=[arguments.provider])
+        for form in forms
+    ]
+    inputs = [
+        np.random.default_rng(1).standard_normal((rows, arguments.cols), dtype=np.float32) for rows in (1, _CHUNK)
+    ]
     best = np.full((len(forms), len(inputs)), np.inf)
     for _ in range(_ROUNDS):
         for number, session in enumerate(sessions):
@@ -77,12 +111,38 @@ def main() -> None:
     for form, (one, chunk) in zip(forms, best.tolist(), strict=True):
         size = form_bytes(form, arguments.rows, arguments.cols)
         kernel = has_kernels(form, BITS)
-        speeds = (f"{one * 1e6:,.0f}", f"{size / one / 1e9:.1f}", f"{best[0, 0] / one:.2f}", f"{chunk * 1e6:,.0f}", f"{best[0, 1] / chunk:.2f}")
+        speeds = (
+            f"{one * 1e6:,.0f}",
+            f"{size / one / 1e9:.1f}",
+            f"{best[0, 0] / one:.2f}",
+            f"{chunk * 1e6:,.0f}",
+            f"{best[0, 1] / chunk:.2f}",
+        )
         rows.append([form.label, f"{size:,}", *speeds, "yes" if kernel else "no"])
-        data.append({"form": form.label, "bytes": size, "one_row_seconds": one, "chunk_seconds": chunk, "kernel": kernel})
-    header = ["form", "bytes", "one row, µs", "GB/s", "× float's speed", f"{_CHUNK} rows, µs", "× float's speed", "kernel"]
-    show(f"a product by ({arguments.rows}, {arguments.cols}), {arguments.threads} threads", header, rows, arguments.json, data)
-    slow, fast = (extreme(item["one_row_seconds"] for item in data if item["kernel"] == kernel) for extreme, kernel in ((min, False), (max, True)))
+        data.append(
+            {"form": form.label, "bytes": size, "one_row_seconds": one, "chunk_seconds": chunk, "kernel": kernel}
+        )
+    header = [
+        "form",
+        "bytes",
+        "one row, µs",
+        "GB/s",
+        "× float's speed",
+        f"{_CHUNK} rows, µs",
+        "× float's speed",
+        "kernel",
+    ]
+    show(
+        f"a product by ({arguments.rows}, {arguments.cols}), {arguments.threads} threads",
+        header,
+        rows,
+        arguments.json,
+        data,
+    )
+    slow, fast = (
+        extreme(item["one_row_seconds"] for item in data if item["kernel"] == kernel)
+        for extreme, kernel in ((min, False), (max, True))
+    )
     print(f"\none row: the fastest form without a kernel takes {slow / fast:.1f} times as long as the slowest with one")
 
 

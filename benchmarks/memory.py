@@ -1,4 +1,4 @@
-"""How well packager.memory predicts: random models, every kind of form, each measured in a fresh process.
+"""How well packager.memory.model predicts: random models, every kind of form, each measured in a fresh process.
 
     python benchmarks/memory.py [--quick] [--model FOLDER] [--profile P] [--json FILE]
 
@@ -19,39 +19,70 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from packager.calibrate import read_process
-from packager.forms import parse_form
-from packager.memory_probe import NEW_TOKENS
+from packager.forms.registry import parse_form
+from packager.memory.calibrate import read_process
+from packager.memory.synthetic import Case, Sample, make_config, make_sample
 from packager.profile import MemoryCoefficients, load_profile
-from packager.samples import Case, Sample, make_config, make_sample
+from packager.runtime.memory_probe import NEW_TOKENS
 
 CHUNK_TOKENS = 128
 THREADS = 2
 MOST_MEDIAN, MOST_ERROR, MOST_UNDER = 0.05, 0.10, 0.05
-"""Shares of the measured peak: what is wanted of the median error, of the worst, and of the worst below what was measured."""
-FORMS = (("q2g64", "q8g128"), ("q4g32", "q4g32"), ("q4g64z", "q4g64z"), ("q4g128", "q8g64"), ("q8g32", "q8g32"), ("f32", "f32"))
+"""Shares of the measured peak: what is wanted of the median error, of the worst, and of the worst below what was
+measured."""
+FORMS = (
+    ("q2g64", "q8g128"),
+    ("q4g32", "q4g32"),
+    ("q4g64z", "q4g64z"),
+    ("q4g128", "q8g64"),
+    ("q8g32", "q8g32"),
+    ("f32", "f32"),
+)
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
-        "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "head_dim": 64, "vocab_size": 24_000, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "hidden_size": 512,
+        "num_hidden_layers": 6,
+        "intermediate_size": 1376,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 24_000,
+        "tie_word_embeddings": True,
     },
     "wide": {
-        "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 4, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "vocab_size": 24_064, "tie_word_embeddings": False,
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "num_hidden_layers": 4,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 24_064,
+        "tie_word_embeddings": False,
     },
     "many-words": {
-        "model_type": "qwen3", "hidden_size": 768, "num_hidden_layers": 10, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4,
-        "head_dim": 128, "vocab_size": 131_072, "tie_word_embeddings": True,
+        "model_type": "qwen3",
+        "hidden_size": 768,
+        "num_hidden_layers": 10,
+        "intermediate_size": 2048,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 131_072,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 
 
 def cases(name: str, quick: bool) -> list[Case]:
-    """Every form with a short and with a full prompt, then longer contexts in one form, then two products a matrix in shorter chunks."""
+    """Every form with a short and with a full prompt, then longer contexts in one form, then two products a matrix in
+    shorter chunks."""
 
     def case(form: str, head: str, context: int, prompt: int, cache: str = "float", chunk: int = CHUNK_TOKENS) -> Case:
         forms = {"form": parse_form(form), "head": parse_form(head)}
-        return Case(**forms, context_tokens=context, prompt_tokens=prompt, chunk_tokens=chunk, threads=THREADS, cache=cache)
+        return Case(
+            **forms, context_tokens=context, prompt_tokens=prompt, chunk_tokens=chunk, threads=THREADS, cache=cache
+        )
 
     forms = FORMS[1::2] if quick else FORMS
     found = [case(form, head, 256, 16) for form, head in forms]
@@ -61,7 +92,9 @@ def cases(name: str, quick: bool) -> list[Case]:
     if not quick:
         found += [case("q4g64", "q4g64", tokens, prompt) for tokens, prompt in ((512, 200), (2048, 2016), (4096, 16))]
         found.append(case("q4g64", "q4g64", 8192, 8192 - NEW_TOKENS if name == "small" else 64))
-        found += [case(form, "q6g64", 512, 512 - NEW_TOKENS, chunk=CHUNK_TOKENS // 2) for form in ("q6g64", "r64.q4g32z")]
+        found += [
+            case(form, "q6g64", 512, 512 - NEW_TOKENS, chunk=CHUNK_TOKENS // 2) for form in ("q6g64", "r64.q4g32z")
+        ]
     return found
 
 
@@ -79,7 +112,10 @@ def main() -> int:
     if options.model:
         configs[options.model.name] = AutoConfig.from_pretrained(options.model)
     results = []
-    print(f"{'shape':12}{'form':12}{'head':9}{'cache':6}{'context':>8}{'prompt':>8}{'measured':>10}{'anon':>8}{'file':>8}{'predicted':>11}{'error':>8}  peak")
+    print(
+        f"{'shape':12}{'form':12}{'head':9}{'cache':6}{'context':>8}{'prompt':>8}{'measured':>10}{'anon':>8}{'file':>8}"
+        f"{'predicted':>11}{'error':>8}  peak"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs.items():
             tokenizer = options.model / "tokenizer.json" if options.model and name == options.model.name else None
@@ -89,7 +125,8 @@ def main() -> int:
                 mib = {key: row[key] / 2**20 for key in ("measured", "anonymous", "mapped", "predicted")}
                 print(
                     f"{name:12}{case.form.label:12}{case.head.label:9}{case.cache:6}{case.context_tokens:8}{case.prompt_tokens:8}{mib['measured']:10.1f}"
-                    f"{mib['anonymous']:8.1f}{mib['mapped']:8.1f}{mib['predicted']:11.1f}{row['error']:+8.1%}  {row['peak_phase']}",
+                    f"{mib['anonymous']:8.1f}{mib['mapped']:8.1f}{mib['predicted']:11.1f}{row['error']:+8.1%}  "
+                    f"{row['peak_phase']}",
                     flush=True,
                 )
     errors = [row["error"] for row in results]
@@ -99,9 +136,14 @@ def main() -> int:
         "worst_error": max(map(abs, errors)),
         "most_under": min(0.0, *errors),
     }
-    met = summary["median_error"] <= MOST_MEDIAN and summary["worst_error"] <= MOST_ERROR and summary["most_under"] >= -MOST_UNDER
+    met = (
+        summary["median_error"] <= MOST_MEDIAN
+        and summary["worst_error"] <= MOST_ERROR
+        and summary["most_under"] >= -MOST_UNDER
+    )
     print(
-        f"{len(errors)} cases: median {summary['median_error']:.1%} (at most {MOST_MEDIAN:.0%} wanted), worst {summary['worst_error']:.1%} ({MOST_ERROR:.0%}), "
+        f"{len(errors)} cases: median {summary['median_error']:.1%} (at most {MOST_MEDIAN:.0%} wanted), worst "
+        f"{summary['worst_error']:.1%} ({MOST_ERROR:.0%}), "
         f"most under {summary['most_under']:.1%} (-{MOST_UNDER:.0%}): {'met' if met else 'NOT met'}"
     )
     if options.json:

@@ -2,12 +2,13 @@
 
     python benchmarks/methods.py --model MODEL_FOLDER --map MAP --calibration TEXT… --text TEXT [--json FILE]
 
-At equal parameters every method keeps the same share of the linear layers' elements, in float. At equal bytes factors are
-4-bit codes in blocks of 32, layers that stay whole 4-bit codes in blocks of 64, and the full map chooses among all its
-options; sizes are shares of all layers whole at 4 bits. The vocabulary stays float throughout. Each method orders its
-own cuts in one global list; losses are torch's, on the second half of each window of 512 tokens.
+At equal parameters every method keeps the same share of the linear layers' elements, in float. At equal bytes factors
+are 4-bit codes in blocks of 32, layers that stay whole 4-bit codes in blocks of 64, and the full map chooses among all
+its options; sizes are shares of all layers whole at 4 bits. The vocabulary stays float throughout. Each method orders
+its own cuts in one global list; losses are torch's, on the second half of each window of 512 tokens.
 
-The settings of ACIP here are far below those published (see --help): steps, tokens and adapters that two cores can bear.
+The settings of ACIP here are far below those published (see --help): steps, tokens and adapters that two cores can
+bear.
 """
 
 from __future__ import annotations
@@ -24,25 +25,29 @@ import torch
 from common import show, torch_losses
 from safetensors import safe_open
 
-from packager.bars import Bars
-from packager.checkpoint import open_checkpoint
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, form_bytes
-from packager.graph.packing import dequantize
+from packager.cli.progress_bars import Bars
+from packager.forms.packing import dequantize
+from packager.forms.registry import BlockForm, FloatForm, Form, LowRankForm, PivotForm, form_bytes
 from packager.graph.skeleton import Matrix
-from packager.plan import load_map
-from packager.scoremap import STORE_FILE, Option, ScoreMap, Unit, make_map
-from packager.scoring.acip import BASES, QUICK_ACIP, AcipSettings, Start, train
-from packager.scoring.acip_map import Ranking, folded, rank_units, start_of
-from packager.scoring.calibration import load_calibration, text_windows
-from packager.scoring.curvature import Curvature, collect
-from packager.scoring.factored import low_rank, pivoted, stored
-from packager.scoring.lowrank import Spectrum, decompose
+from packager.planning.plan import load_map
+from packager.planning.size_curve import standard_error
+from packager.planning.solver import solve, total_bytes
+from packager.scoremap.model import STORE_FILE, Option, ScoreMap, Unit, make_map
+from packager.scoring.acip.options import Ranking, folded, rank_units, start_of
+from packager.scoring.acip.training import BASES, QUICK_ACIP, AcipSettings, Start, train
+from packager.scoring.curvature.moments import Curvature, collect
+from packager.scoring.factors import low_rank, pivoted, stored
+from packager.scoring.low_rank import Spectrum, decompose
 from packager.scoring.rounding import Feedback, feedback
-from packager.scoring.sources import Source, find_sources
-from packager.solver import solve, total_bytes
-from packager.sweep import standard_error
+from packager.source.calibration_text import load_calibration, text_windows
+from packager.source.checkpoint import open_checkpoint
+from packager.source.unit_weights import Source, find_sources
 
-FLOAT, WHOLE, FACTORS = FloatForm(label="f32"), BlockForm(bits=4, block=64, zeros=True), BlockForm(bits=4, block=32, zeros=True)
+FLOAT, WHOLE, FACTORS = (
+    FloatForm(label="f32"),
+    BlockForm(bits=4, block=64, zeros=True),
+    BlockForm(bits=4, block=32, zeros=True),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +77,18 @@ class Method:
     def options(self, unit: Unit, whole: FloatForm | BlockForm, factors: FloatForm | BlockForm) -> list[Option]:
         """The whole unit, and every rank."""
         prices = {whole: 0.0} | {self.form(rank, factors): self.price(unit.name, rank) for rank in self.ranks(unit)}
-        return [Option(form=form, bytes=form_bytes(form, unit.rows, unit.cols), loss_nats=price) for form, price in prices.items()]
+        return [
+            Option(form=form, bytes=form_bytes(form, unit.rows, unit.cols), loss_nats=price)
+            for form, price in prices.items()
+        ]
 
 
 def factored_method(name: str, spectra: Mapping[str, Spectrum], *, pivot: bool = False) -> Method:
     """Truncation of each unit's decomposition, by what the dropped components cost."""
-    left_over = {unit: torch.flip(torch.cumsum(torch.flip(spectrum.costs, [0]), 0), [0]).tolist() for unit, spectrum in spectra.items()}
+    left_over = {
+        unit: torch.flip(torch.cumsum(torch.flip(spectrum.costs, [0]), 0), [0]).tolist()
+        for unit, spectrum in spectra.items()
+    }
 
     def pair(unit: str, rank: int) -> Spectrum:
         spectrum = spectra[unit]
@@ -105,7 +116,9 @@ def chosen(units: Sequence[Unit], options: Sequence[Sequence[Option]], limit: in
     solution = solve(scoremap, lambda choice: total_bytes(scoremap, choice) <= limit)
     if solution is None:
         return None
-    return {unit.name: chain[taken] for unit, chain, taken in zip(units, scoremap.options, solution.choice, strict=True)}
+    return {
+        unit.name: chain[taken] for unit, chain, taken in zip(units, scoremap.options, solution.choice, strict=True)
+    }
 
 
 @torch.no_grad()
@@ -125,7 +138,9 @@ def made(method: Method, weights: torch.Tensor, spread: Feedback, unit: Unit, fo
 
 
 @torch.no_grad()
-def rise_with(model: Any, sources: Sequence[Source], weights: Callable[[Source], torch.Tensor], windows: Any, original: Any) -> Any:
+def rise_with(
+    model: Any, sources: Sequence[Source], weights: Callable[[Source], torch.Tensor], windows: Any, original: Any
+) -> Any:
     """Rise of each window's loss with other weights, which are taken back."""
     saved = [source.weight(model).clone() for source in sources]
     try:
@@ -161,7 +176,9 @@ def input_moments(model: Any, sources: Sequence[Source], windows: torch.Tensor) 
 def from_store(folder: Path, unit: Unit, form: Form) -> torch.Tensor:
     """A unit's weights as a map's store holds them."""
     with safe_open(folder / STORE_FILE, framework="numpy") as file:
-        tensors = {name: file.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)}
+        tensors = {
+            name: file.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)
+        }
     return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
 
 
@@ -179,18 +196,34 @@ def acip_settings(arguments: argparse.Namespace, basis: str) -> AcipSettings:
 
 
 def methods(
-    arguments: argparse.Namespace, model: Any, sources: Sequence[Source], curvature: Mapping[str, Curvature], windows: torch.Tensor, bars: Bars
+    arguments: argparse.Namespace,
+    model: Any,
+    sources: Sequence[Source],
+    curvature: Mapping[str, Curvature],
+    windows: torch.Tensor,
+    bars: Bars,
 ) -> list[Method]:
     """All that cut by rank, each with its whole order."""
     found = []
     for basis in arguments.acip_basis:
         settings = acip_settings(arguments, basis)
-        starts = {source.unit.name: start_of(source.weight(model), curvature[source.unit.name], basis) for source in sources}
+        starts = {
+            source.unit.name: start_of(source.weight(model), curvature[source.unit.name], basis) for source in sources
+        }
         state = arguments.state.with_name(f"{arguments.state.name}-{basis}.safetensors")
-        outcome = train(model, sources, starts, windows, settings, seed=0, adapt_whole=False, state=state, progress=bars)
+        outcome = train(
+            model, sources, starts, windows, settings, seed=0, adapt_whole=False, state=state, progress=bars
+        )
         rankings = rank_units(outcome, {name: start.costs.double().numpy() for name, start in starts.items()}, settings)
         steps = f"{outcome.pruning_steps} + {settings.tuning_steps} steps of {settings.step_tokens} tokens"
-        found.append(acip_method(f"ACIP from the {basis} ({steps}, adapters of {settings.adapter_rank})", starts, rankings, settings.adapter_rank))
+        found.append(
+            acip_method(
+                f"ACIP from the {basis} ({steps}, adapters of {settings.adapter_rank})",
+                starts,
+                rankings,
+                settings.adapter_rank,
+            )
+        )
     bars.phase("taking layers apart", 2 * len(sources))
     spectra: dict[str, dict[str, Spectrum]] = {"h": {}, "gh": {}}
     moments = input_moments(model, sources, windows)
@@ -213,16 +246,49 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens (default: 8192)")
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--parameters", type=float, nargs="+", default=[0.9, 0.8, 0.6], help="shares of the layers' elements")
-    parser.add_argument("--bytes", type=float, nargs="+", default=[0.75, 0.6], help="shares of the layers' bytes, all whole at 4 bits")
+    parser.add_argument(
+        "--parameters", type=float, nargs="+", default=[0.9, 0.8, 0.6], help="shares of the layers' elements"
+    )
+    parser.add_argument(
+        "--bytes", type=float, nargs="+", default=[0.75, 0.6], help="shares of the layers' bytes, all whole at 4 bits"
+    )
     parser.add_argument("--acip-basis", nargs="+", choices=BASES, default=["weights"], help="as published: weights")
-    parser.add_argument("--acip-steps", type=int, default=QUICK_ACIP.steps, help=f"published 2,000 or so (default: {QUICK_ACIP.steps})")
-    parser.add_argument("--acip-tokens", type=int, default=QUICK_ACIP.step_tokens, help=f"published 4,096 (default: {QUICK_ACIP.step_tokens})")
-    parser.add_argument("--acip-tuning", type=int, default=QUICK_ACIP.tuning_steps, help=f"published 1,000 (default: {QUICK_ACIP.tuning_steps})")
-    parser.add_argument("--acip-rank", type=int, default=QUICK_ACIP.adapter_rank, help=f"published 32 (default: {QUICK_ACIP.adapter_rank})")
-    parser.add_argument("--acip-rate", type=float, default=QUICK_ACIP.adapter_rate, help=f"published 5e-5 (default: {QUICK_ACIP.adapter_rate})")
-    parser.add_argument("--acip-stop", type=float, default=QUICK_ACIP.stop_ratio, help=f"published 0.4 (default: {QUICK_ACIP.stop_ratio})")
-    parser.add_argument("--state", type=Path, default=Path("methods.acip"), help="where ACIP's training is kept and resumed from")
+    parser.add_argument(
+        "--acip-steps", type=int, default=QUICK_ACIP.steps, help=f"published 2,000 or so (default: {QUICK_ACIP.steps})"
+    )
+    parser.add_argument(
+        "--acip-tokens",
+        type=int,
+        default=QUICK_ACIP.step_tokens,
+        help=f"published 4,096 (default: {QUICK_ACIP.step_tokens})",
+    )
+    parser.add_argument(
+        "--acip-tuning",
+        type=int,
+        default=QUICK_ACIP.tuning_steps,
+        help=f"published 1,000 (default: {QUICK_ACIP.tuning_steps})",
+    )
+    parser.add_argument(
+        "--acip-rank",
+        type=int,
+        default=QUICK_ACIP.adapter_rank,
+        help=f"published 32 (default: {QUICK_ACIP.adapter_rank})",
+    )
+    parser.add_argument(
+        "--acip-rate",
+        type=float,
+        default=QUICK_ACIP.adapter_rate,
+        help=f"published 5e-5 (default: {QUICK_ACIP.adapter_rate})",
+    )
+    parser.add_argument(
+        "--acip-stop",
+        type=float,
+        default=QUICK_ACIP.stop_ratio,
+        help=f"published 0.4 (default: {QUICK_ACIP.stop_ratio})",
+    )
+    parser.add_argument(
+        "--state", type=Path, default=Path("methods.acip"), help="where ACIP's training is kept and resumed from"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -234,38 +300,73 @@ def main() -> None:
     calibration = load_calibration(arguments.calibration, tokenizer, tokens=arguments.tokens, seed=0)
     rows: dict[str, Matrix] = {}
     for unit in loaded.scoremap.units:
-        rows[unit.matrix] = Matrix(name=unit.matrix, rows=unit.rows + (rows[unit.matrix].rows if unit.matrix in rows else 0), cols=unit.cols)
+        rows[unit.matrix] = Matrix(
+            name=unit.matrix, rows=unit.rows + (rows[unit.matrix].rows if unit.matrix in rows else 0), cols=unit.cols
+        )
     sources = [source for source in find_sources(list(rows.values()), model) if source.unit.kind == "linear"]
     units = [source.unit for source in sources]
-    whole = {label: sum(form_bytes(form, unit.rows, unit.cols) for unit in units) for label, form in (("f32", FLOAT), ("q4", WHOLE))}
+    whole = {
+        label: sum(form_bytes(form, unit.rows, unit.cols) for unit in units)
+        for label, form in (("f32", FLOAT), ("q4", WHOLE))
+    }
     with Bars() as bars:
         bars.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
-        curvature = collect(model, sources, calibration.windows, seed=0, batch=1, sampled=False, progress=lambda count: bars.advance())
+        curvature = collect(
+            model, sources, calibration.windows, seed=0, batch=1, sampled=False, progress=lambda count: bars.advance()
+        )
         spreads = {name: feedback(item.rounding) for name, item in curvature.items()}
         ways = methods(arguments, model, sources, curvature, calibration.windows, bars)
         tables: dict[str, list[list[str]]] = {"parameters": [], "bytes": []}
         data: list[dict[str, Any]] = []
-        bars.phase("measuring losses", len(ways) * (len(arguments.parameters) + len(arguments.bytes)) + len(arguments.bytes))
+        bars.phase(
+            "measuring losses", len(ways) * (len(arguments.parameters) + len(arguments.bytes)) + len(arguments.bytes)
+        )
 
-        def measured(name: str, budget: str, share: float, taken: dict[str, Option] | None, weights: Callable[[Source], torch.Tensor]) -> str:
+        def measured(
+            name: str,
+            budget: str,
+            share: float,
+            taken: dict[str, Option] | None,
+            weights: Callable[[Source], torch.Tensor],
+        ) -> str:
             bars.advance()
             if taken is None:
                 return "does not reach it"
             rise = rise_with(model, sources, weights, windows, original)
             kept = sum(option.bytes for option in taken.values())
-            data.append({"method": name, "equal": budget, "share": share, "bytes": kept, "rise_nats": rise.mean(), "noise_nats": standard_error(rise)})
+            data.append(
+                {
+                    "method": name,
+                    "equal": budget,
+                    "share": share,
+                    "bytes": kept,
+                    "rise_nats": rise.mean(),
+                    "noise_nats": standard_error(rise),
+                }
+            )
             return f"{rise.mean():.3f} ± {standard_error(rise):.3f} (× {np.exp(rise.mean()):.2f})"
 
         for way in ways:
-            for budget, form, factors, shares in (("parameters", FLOAT, FLOAT, arguments.parameters), ("bytes", WHOLE, FACTORS, arguments.bytes)):
+            for budget, form, factors, shares in (
+                ("parameters", FLOAT, FLOAT, arguments.parameters),
+                ("bytes", WHOLE, FACTORS, arguments.bytes),
+            ):
                 options = [way.options(unit, form, factors) for unit in units]
                 cells = []
                 for share in shares:
                     taken = chosen(units, options, int(share * whole["f32" if budget == "parameters" else "q4"]))
 
-                    def weights(source: Source, way: Method = way, taken: dict[str, Option] | None = taken) -> torch.Tensor:
+                    def weights(
+                        source: Source, way: Method = way, taken: dict[str, Option] | None = taken
+                    ) -> torch.Tensor:
                         assert taken is not None
-                        return made(way, source.weight(model), spreads[source.unit.name], source.unit, taken[source.unit.name].form)
+                        return made(
+                            way,
+                            source.weight(model),
+                            spreads[source.unit.name],
+                            source.unit,
+                            taken[source.unit.name].form,
+                        )
 
                     cells.append(measured(way.name, budget, share, taken, weights))
                 tables[budget].append([way.name, *cells])
@@ -280,12 +381,27 @@ def main() -> None:
 
             cells.append(measured("full map", "bytes", share, taken, from_map))
         tables["bytes"].append(["full map", *cells])
-    about = f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored; source {original.mean():.4f}; rise in nats per token"
+    about = (
+        f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored; source "
+        f"{original.mean():.4f}; rise in nats per token"
+    )
     calibrated = f"calibrated on {calibration.windows.numel():,} tokens; {time.perf_counter() - started:.0f} s in all"
     header = ["method", *(f"{share:.0%} of the elements" for share in arguments.parameters)]
-    show(f"{about} (× perplexity); {calibrated}\n\nAt equal parameters of the linear layers, float", header, tables["parameters"], None, data)
+    show(
+        f"{about} (× perplexity); {calibrated}\n\nAt equal parameters of the linear layers, float",
+        header,
+        tables["parameters"],
+        None,
+        data,
+    )
     sizes = [f"{share:.0%}: {int(share * whole['q4']):,}" for share in arguments.bytes]
-    show("At equal bytes of the linear layers, factors in 4 bits", ["method", *sizes], tables["bytes"], arguments.json, data)
+    show(
+        "At equal bytes of the linear layers, factors in 4 bits",
+        ["method", *sizes],
+        tables["bytes"],
+        arguments.json,
+        data,
+    )
 
 
 if __name__ == "__main__":

@@ -29,19 +29,19 @@ from common import show
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from packager.checkpoint import Checkpoint, open_checkpoint
-from packager.curve import predicted_nats
-from packager.files import sha256_json
-from packager.graph.packing import dequantize
-from packager.identity import require_model
-from packager.measure import heldout_sample
-from packager.plan import LoadedMap, load_map
-from packager.scoremap import STORE_FILE, Option
-from packager.scoring.calibration import WINDOW, load_calibration
+from packager.forms.packing import dequantize
+from packager.io.files import sha256_json
+from packager.planning.plan import LoadedMap, load_map
+from packager.planning.solver import choice_at, total_bytes, total_loss
+from packager.scoremap.anchors import predicted_nats
+from packager.scoremap.identity import require_model
+from packager.scoremap.model import STORE_FILE, Option
 from packager.scoring.ledger import Ledger
 from packager.scoring.probes import Observer, perturbed
-from packager.scoring.sources import Source, find_sources, matrices_of
-from packager.solver import choice_at, total_bytes, total_loss
+from packager.source.calibration_text import WINDOW, load_calibration
+from packager.source.checkpoint import Checkpoint, open_checkpoint
+from packager.source.unit_weights import Source, find_sources, matrices_of
+from packager.validation.measure_sizes import heldout_sample
 
 LOW, HIGH = "2.5 to 4 bits", "above 4 bits"
 BANDS = {HIGH: (4.0, 10.0), LOW: (2.5, 4.0)}
@@ -69,7 +69,9 @@ def bits_of(loaded: LoadedMap, choice: Choice) -> float:
 def uniform(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
     most, choice = float(np.exp(generator.uniform(np.log(2.2), np.log(33)))), []
     for unit, chain in zip(loaded.scoremap.units, loaded.scoremap.options, strict=True):
-        allowed = [number for number, option in enumerate(chain) if 8 * option.bytes / unit.elements <= most] or [len(chain) - 1]
+        allowed = [number for number, option in enumerate(chain) if 8 * option.bytes / unit.elements <= most] or [
+            len(chain) - 1
+        ]
         choice.append(int(generator.choice(allowed)))
     return choice
 
@@ -90,7 +92,11 @@ def perturbed_prefix(loaded: LoadedMap, generator: np.random.Generator) -> Choic
     return choice
 
 
-DRAWS: dict[str, Callable[[LoadedMap, np.random.Generator], Choice]] = {"uniform": uniform, "shuffled": shuffled, "perturbed": perturbed_prefix}
+DRAWS: dict[str, Callable[[LoadedMap, np.random.Generator], Choice]] = {
+    "uniform": uniform,
+    "shuffled": shuffled,
+    "perturbed": perturbed_prefix,
+}
 
 
 def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
@@ -112,21 +118,32 @@ def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
 def curve_cases(loaded: LoadedMap, count: int) -> list[Case]:
     """Prefixes of the map, evenly spread over those of 2.5 to 10 bits per weight."""
     prefixes = range(len(loaded.scoremap.moves) + 1)
-    choices = [choice for choice in (choice_at(loaded.scoremap, prefix) for prefix in prefixes) if _CURVE_BITS[0] <= bits_of(loaded, choice) < _CURVE_BITS[1]]
+    choices = [
+        choice
+        for choice in (choice_at(loaded.scoremap, prefix) for prefix in prefixes)
+        if _CURVE_BITS[0] <= bits_of(loaded, choice) < _CURVE_BITS[1]
+    ]
     positions = sorted({round(position) for position in np.linspace(0, len(choices) - 1, count)})
     return [Case(kind="curve", band="", choice=choices[position]) for position in positions]
 
 
 def unseen_windows(checkpoint: Checkpoint, loaded: LoadedMap, paths: list[Path], count: int) -> torch.Tensor:
-    """Windows of the calibration files that were neither calibrated on nor held out. The split depends on the seed alone."""
+    """Windows of the calibration files that were neither calibrated on nor held out. The split depends on the seed
+    alone."""
     settings, tokenizer = loaded.identity.settings, checkpoint.tokenizer()
     seen = load_calibration(paths, tokenizer, tokens=settings["tokens"], seed=settings["seed"])
     if seen.sha256 != loaded.identity.calibration.sha256:
-        raise SystemExit(f"{', '.join(map(str, paths))} is not the text that this map was calibrated on ({loaded.identity.calibration.text}), in its order")
+        raise SystemExit(
+            f"{', '.join(map(str, paths))} is not the text that this map was calibrated on "
+            f"({loaded.identity.calibration.text}), in its order"
+        )
     more = load_calibration(paths, tokenizer, tokens=settings["tokens"] + count * WINDOW, seed=settings["seed"])
     unseen = more.windows[len(seen.windows) :]
     if len(unseen) < count:
-        raise SystemExit(f"the calibration text has only {len(unseen)} windows of {WINDOW} tokens that the map has not seen: ask for fewer with --windows")
+        raise SystemExit(
+            f"the calibration text has only {len(unseen)} windows of {WINDOW} tokens that the map has not seen: ask "
+            f"for fewer with --windows"
+        )
     return unseen
 
 
@@ -136,7 +153,9 @@ def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def measure_cases(checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None) -> list[dict[str, Any]]:
+def measure_cases(
+    checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None
+) -> list[dict[str, Any]]:
     """Each case's bits, prediction, divergence and rise, printed as they come."""
     model, units = checkpoint.load(), loaded.scoremap.units
     sources = find_sources(matrices_of((unit.matrix, unit.rows, unit.cols) for unit in units), model)
@@ -148,7 +167,10 @@ def measure_cases(checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], 
 
         def load(source: Source, option: Option) -> torch.Tensor:
             unit, form = source.unit, option.form
-            tensors = {name: store.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)}
+            tensors = {
+                name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
+                for name in form.tensors(unit.rows, unit.cols)
+            }
             return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
 
         def ask(chosen: Mapping[str, Option]) -> tuple[float, float]:
@@ -156,8 +178,17 @@ def measure_cases(checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], 
                 return observer.measure()
 
         for number, case in enumerate(cases, 1):
-            chosen = {unit.name: chain[index] for unit, chain, index in zip(units, loaded.scoremap.options, case.choice, strict=True)}
-            key = sha256_json({"map": loaded.sha256, "text": text, "forms": {name: option.form.label for name, option in chosen.items()}})
+            chosen = {
+                unit.name: chain[index]
+                for unit, chain, index in zip(units, loaded.scoremap.options, case.choice, strict=True)
+            }
+            key = sha256_json(
+                {
+                    "map": loaded.sha256,
+                    "text": text,
+                    "forms": {name: option.form.label for name, option in chosen.items()},
+                }
+            )
             divergence, rise = ledger.recall(key, lambda chosen=chosen: ask(chosen)) if ledger else ask(chosen)
             result = {
                 "kind": case.kind,
@@ -169,7 +200,11 @@ def measure_cases(checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], 
             }
             results.append(result)
             figures = "  ".join(f"{name} {result[f'{name}_nats']:8.4f}" for name in ("predicted", "divergence", "rise"))
-            print(f"{number:4} of {len(cases)}  {case.kind:9} {result['bits']:6.2f} bits  {figures}  {time.perf_counter() - started:6.0f} s", flush=True)
+            print(
+                f"{number:4} of {len(cases)}  {case.kind:9} {result['bits']:6.2f} bits  {figures}  "
+                f"{time.perf_counter() - started:6.0f} s",
+                flush=True,
+            )
     return results
 
 
@@ -182,7 +217,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--map", type=Path, required=True)
     parser.add_argument(
-        "--calibration", type=Path, action="append", default=[], help="a file that the map was calibrated on; repeat as 'packager score' had it"
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        help="a file that the map was calibrated on; repeat as 'packager score' had it",
     )
     parser.add_argument("--assignments", type=int, default=120)
     parser.add_argument("--sizes", type=int, default=24, help="prefixes of the map along its curve")
@@ -199,7 +238,10 @@ def main() -> None:
         text = f"{len(windows)} windows of 512 tokens of {loaded.identity.calibration.text} that the map never saw"
     else:
         windows = torch.from_numpy(heldout_sample(loaded).windows)[: arguments.windows]
-        text = f"{len(windows)} of the map's held-out windows of {loaded.identity.calibration.text}, on which its anchors were measured"
+        text = (
+            f"{len(windows)} of the map's held-out windows of {loaded.identity.calibration.text}, on "
+            "which its anchors were measured"
+        )
     cases = [*curve_cases(loaded, arguments.sizes), *draw_cases(loaded, arguments.assignments, arguments.seed)]
     results = measure_cases(checkpoint, loaded, cases, windows, Ledger(arguments.state) if arguments.state else None)
 
@@ -209,13 +251,31 @@ def main() -> None:
         if len(chosen) < 3:
             continue
         found = [spearman(column(chosen, "predicted"), column(chosen, name)) for name in ("rise", "divergence")]
-        rows.append([f"Spearman, {band}", str(len(chosen)), *(f"{value:.3f}" for value in found), f"≥ {SPEARMAN[band]}"])
+        rows.append(
+            [f"Spearman, {band}", str(len(chosen)), *(f"{value:.3f}" for value in found), f"≥ {SPEARMAN[band]}"]
+        )
     curve = [result for result in results if result["kind"] == "curve"]
     predicted, rise, divergence = (column(curve, name) for name in ("predicted", "rise", "divergence"))
-    errors = [np.median(np.abs(predicted / measured - 1)) for measured in (np.where(rise > _NOISY_NATS, rise, divergence), divergence)]
-    rows.append(["median relative error along the map's curve", str(len(curve)), *(f"{value:.1%}" for value in errors), f"≤ {CURVE_ERROR:.0%}"])
+    errors = [
+        np.median(np.abs(predicted / measured - 1))
+        for measured in (np.where(rise > _NOISY_NATS, rise, divergence), divergence)
+    ]
+    rows.append(
+        [
+            "median relative error along the map's curve",
+            str(len(curve)),
+            *(f"{value:.1%}" for value in errors),
+            f"≤ {CURVE_ERROR:.0%}",
+        ]
+    )
     header = ["", "assignments", f"rise (on the curve below {_NOISY_NATS} nats: divergence)", "divergence", "target"]
-    show(f"{loaded.identity.model.name}, {arguments.map.name}: predicted against measured on {text}", header, rows, arguments.json, results)
+    show(
+        f"{loaded.identity.model.name}, {arguments.map.name}: predicted against measured on {text}",
+        header,
+        rows,
+        arguments.json,
+        results,
+    )
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from common import graph_bytes, half_window_losses, show, torch_losses
 
-from packager.bundle import GRAPH_FILE, write_contents
-from packager.checkpoint import open_checkpoint
-from packager.plan import load_map, plan_file_bytes
+from packager.bundle.writer import GRAPH_FILE, write_contents
+from packager.planning.plan import load_map, plan_file_bytes
+from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
 from packager.progress import Silent
-from packager.scoring.calibration import text_windows
 from packager.scoring.polish_plan import Polishing, polish_plan
 from packager.sizes import parse_size
-from packager.sweep import standard_error
+from packager.source.calibration_text import text_windows
+from packager.source.checkpoint import open_checkpoint
 
 # llama.cpp file → (bytes, rise of the loss in nats per token over its float16 file).
 LLAMA_CPP = {
@@ -46,7 +46,10 @@ def best_rival(size: int) -> tuple[str, float] | None:
     if not larger:
         return None
     reach = larger[0][0]
-    name, rise = min(((name, rise) for name, (file_bytes, rise) in LLAMA_CPP.items() if file_bytes <= reach), key=lambda item: item[1])
+    name, rise = min(
+        ((name, rise) for name, (file_bytes, rise) in LLAMA_CPP.items() if file_bytes <= reach),
+        key=lambda item: item[1],
+    )
     return name, rise
 
 
@@ -55,15 +58,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--map", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--sizes", nargs="+", default=["60MB", "70MB", "85MB", *(str(size) for size, _ in LLAMA_CPP.values() if size < 140_000_000)])
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["60MB", "70MB", "85MB", *(str(size) for size, _ in LLAMA_CPP.values() if size < 140_000_000)],
+    )
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--polish", type=float, metavar="MINUTES", help="measure each size polished, too (build --polish)")
+    parser.add_argument(
+        "--polish", type=float, metavar="MINUTES", help="measure each size polished, too (build --polish)"
+    )
     parser.add_argument("--calibration", type=Path, action="append", default=[], help="text to polish on")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    checkpoint, loaded, profile = open_checkpoint(str(arguments.model)), load_map(arguments.map), load_profile("edge-box-256mb")
+    checkpoint, loaded, profile = (
+        open_checkpoint(str(arguments.model)),
+        load_map(arguments.map),
+        load_profile("edge-box-256mb"),
+    )
     windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
     original = torch_losses(checkpoint.load(), windows)
     rows, data = [], []
@@ -74,16 +87,29 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             variants: list[tuple[str, Path | None]] = [("map", None)]
             if arguments.polish:
-                polishing = Polishing(checkpoint=checkpoint, minutes=arguments.polish, calibration_paths=arguments.calibration)
+                polishing = Polishing(
+                    checkpoint=checkpoint, minutes=arguments.polish, calibration_paths=arguments.calibration
+                )
                 polish_plan(loaded, plan, polishing, Path(scratch, "polished.safetensors"), Silent())
                 variants.append((f"polished, {arguments.polish:g} min", Path(scratch, "polished.safetensors")))
             for name, polished in variants:
                 folder = Path(scratch, name)
                 write_contents(loaded, plan, profile, folder, polished)
-                rise, size = half_window_losses(folder / GRAPH_FILE, windows) - original, graph_bytes(folder / GRAPH_FILE)
+                rise, size = (
+                    half_window_losses(folder / GRAPH_FILE, windows) - original,
+                    graph_bytes(folder / GRAPH_FILE),
+                )
                 against = [f"{rival[0]} {rival[1]:.4f}", f"{rise.mean() / rival[1]:.2f}"] if rival else ["", ""]
                 rows.append(
-                    [f"{limit:,}", name, f"{size:,}", f"{bits:.2f}", f"{rise.mean():.4f} ± {standard_error(rise):.4f}", f"{plan.loss_nats:.4f}", *against]
+                    [
+                        f"{limit:,}",
+                        name,
+                        f"{size:,}",
+                        f"{bits:.2f}",
+                        f"{rise.mean():.4f} ± {standard_error(rise):.4f}",
+                        f"{plan.loss_nats:.4f}",
+                        *against,
+                    ]
                 )
                 data.append(
                     {
@@ -97,8 +123,24 @@ def main() -> None:
                     }
                 )
                 print(" | ".join(rows[-1]), flush=True)
-    header = ["at most", "", "bytes", "bits/weight", "rise measured (nats/token)", "predicted", "llama.cpp's best to the next size", "× its rise"]
-    show(f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored; source {original.mean():.4f}", header, rows, arguments.json, data)
+    header = [
+        "at most",
+        "",
+        "bytes",
+        "bits/weight",
+        "rise measured (nats/token)",
+        "predicted",
+        "llama.cpp's best to the next size",
+        "× its rise",
+    ]
+    show(
+        f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored; source "
+        f"{original.mean():.4f}",
+        header,
+        rows,
+        arguments.json,
+        data,
+    )
 
 
 if __name__ == "__main__":

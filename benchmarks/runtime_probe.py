@@ -1,10 +1,11 @@
-"""One process of one runtime: load, prefill a prompt, decode at that depth. Prints one line of JSON, bytes and tokens/s.
+"""One process of one runtime: load, prefill a prompt, decode at that depth. Prints one line of JSON, bytes and
+tokens/s.
 
     python -P runtime_probe.py genai|llama MODEL IDS.json NEW THREADS MAX_LENGTH CHUNK_SIZE
 
-`genai` opens a folder for onnxruntime-genai, `llama` a GGUF file for llama-cpp-python. MAX_LENGTH 0 leaves the context as
-the model's own settings have it, CHUNK_SIZE 0 the pieces that a prompt is run in. Needs the runtime and numpy and nothing of
-this project, so that any interpreter can run it.
+`genai` opens a folder for onnxruntime-genai, `llama` a GGUF file for llama-cpp-python. MAX_LENGTH 0 leaves the context
+as the model's own settings have it, CHUNK_SIZE 0 the pieces that a prompt is run in. Needs the runtime and numpy and
+nothing of this project, so that any interpreter can run it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 
-def genai(model_path: str, ids: list[int], new: int, threads: int, max_length: int, chunk_size: int) -> tuple[float, float]:
+def genai(
+    model_path: str, ids: list[int], new: int, threads: int, max_length: int, chunk_size: int
+) -> tuple[float, float]:
     """Seconds of prefill and of `new` decoded tokens."""
     import numpy as np
     import onnxruntime_genai as og
@@ -28,7 +31,9 @@ def genai(model_path: str, ids: list[int], new: int, threads: int, max_length: i
     model = og.Model(config)
     tokenizer = og.Tokenizer(model)
     params = og.GeneratorParams(model)
-    params.set_search_options(min_length=len(ids) + new, do_sample=False, **({"max_length": max_length} if max_length else {}))
+    params.set_search_options(
+        min_length=len(ids) + new, do_sample=False, **({"max_length": max_length} if max_length else {})
+    )
     generator = og.Generator(model, params)
     start = time.perf_counter()
     generator.append_tokens(np.array(ids, np.int32))
@@ -42,12 +47,16 @@ def genai(model_path: str, ids: list[int], new: int, threads: int, max_length: i
     return prefill, decode
 
 
-def llama(model_path: str, ids: list[int], new: int, threads: int, max_length: int, chunk_size: int) -> tuple[float, float]:
+def llama(
+    model_path: str, ids: list[int], new: int, threads: int, max_length: int, chunk_size: int
+) -> tuple[float, float]:
     """The same with llama-cpp-python at its defaults."""
     from llama_cpp import Llama
 
     pieces = {"n_batch": chunk_size} if chunk_size else {}
-    model: Any = Llama(model_path, n_ctx=max_length or 0, n_threads=threads, n_threads_batch=threads, verbose=False, **pieces)
+    model: Any = Llama(
+        model_path, n_ctx=max_length or 0, n_threads=threads, n_threads_batch=threads, verbose=False, **pieces
+    )
     start = time.perf_counter()
     model.eval(ids)
     prefill = time.perf_counter() - start
@@ -60,10 +69,20 @@ def llama(model_path: str, ids: list[int], new: int, threads: int, max_length: i
 def main() -> None:
     kind, model_path, ids_path, new, threads, max_length, chunk_size = sys.argv[1:]
     ids = json.loads(Path(ids_path).read_text())
-    prefill, decode = {"genai": genai, "llama": llama}[kind](model_path, ids, int(new), int(threads), int(max_length), int(chunk_size))
+    prefill, decode = {"genai": genai, "llama": llama}[kind](
+        model_path, ids, int(new), int(threads), int(max_length), int(chunk_size)
+    )
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     peak = next(int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:")
-    print(json.dumps({"peak_bytes": peak, "prefill_tokens_per_second": len(ids) / prefill, "decode_tokens_per_second": int(new) / decode}))
+    print(
+        json.dumps(
+            {
+                "peak_bytes": peak,
+                "prefill_tokens_per_second": len(ids) / prefill,
+                "decode_tokens_per_second": int(new) / decode,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What the runtime's settings do to a bundle's peak memory and speed: each setting alone, beside the bundle as it was built.
+"""What the runtime's settings do to a bundle's peak memory and speed: each setting alone, beside the bundle as it was
+built.
 
     python benchmarks/settings.py --bundle BUNDLE [--new 32] [--repeats 3] [--json FILE]
 
-Every run is a fresh process that loads the bundle, fills its longest prompt and decodes; settings take turns, the highest
-peak and the best speed of each count. A setting that the runtime refuses is a row that says so. Speeds mean nothing on a
-busy machine.
+Every run is a fresh process that loads the bundle, fills its longest prompt and decodes; settings take turns, the
+highest peak and the best speed of each count. A setting that the runtime refuses is a row that says so. Speeds mean
+nothing on a busy machine.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any
 import numpy as np
 from common import show
 
-from packager.bundle import open_bundle
-from packager.device_check import read_tensors
-from packager.files import read_json
+from packager.bundle.writer import open_bundle
+from packager.io.files import read_json
+from packager.runtime.device_check import read_tensors
 from packager.sizes import format_size
 
 _PROBE = Path(__file__).with_name("runtime_probe.py")
@@ -53,7 +54,9 @@ SETTINGS: dict[str, Setting] = {
     "enable_mem_pattern true": Setting(session={"enable_mem_pattern": True}),
     "arena shrinkage after every run": Setting(run={"memory.enable_memory_arena_shrinkage": "cpu:0"}),
     "session.disable_prepacking 1": Setting(session={"session.disable_prepacking": "1"}),
-    "session.use_device_allocator_for_initializers 1": Setting(session={"session.use_device_allocator_for_initializers": "1"}),
+    "session.use_device_allocator_for_initializers 1": Setting(
+        session={"session.use_device_allocator_for_initializers": "1"}
+    ),
     "session.prepack.enable_parallel 0": Setting(session={"session.prepack.enable_parallel": "0"}),
     "session.intra_op.allow_spinning 0": Setting(session={"session.intra_op.allow_spinning": "0"}),
     "graph_optimization_level ORT_ENABLE_BASIC": Setting(session={"graph_optimization_level": "ORT_ENABLE_BASIC"}),
@@ -83,7 +86,18 @@ def changed(bundle: Path, setting: Setting, folder: Path) -> None:
 def run(folder: Path, setting: Setting, ids: Path, new: int, threads: int) -> dict[str, Any] | str:
     """One fresh process, or how it failed."""
     # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
-    command = [sys.executable, "-P", str(_PROBE), "genai", str(folder), str(ids), str(new), str(setting.threads or threads), "0", "0"]
+    command = [
+        sys.executable,
+        "-P",
+        str(_PROBE),
+        "genai",
+        str(folder),
+        str(ids),
+        str(new),
+        str(setting.threads or threads),
+        "0",
+        "0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | setting.environment)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][-100:]
@@ -104,7 +118,9 @@ def main() -> None:
     text = read_tensors(arguments.bundle / "reference.safetensors", only="heldout")["heldout"].reshape(-1)
     found: dict[str, list[dict[str, Any] | str]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as scratch:
-        (ids := Path(scratch, "ids.json")).write_text(json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist()))
+        (ids := Path(scratch, "ids.json")).write_text(
+            json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist())
+        )
         for number in range(arguments.repeats):
             for at, (name, setting) in enumerate(SETTINGS.items()):
                 folder = Path(scratch, str(at))
@@ -126,8 +142,17 @@ def main() -> None:
         speeds = [f"{figures[f'{phase}_tokens_per_second']:.0f}" for phase in ("prefill", "decode")]
         rows.append([name, format_size(figures["peak_bytes"]), f"{more:+.1f}", *speeds])
         data.append({"name": name, "failed": False} | figures)
-    title = f"{arguments.bundle.name}: context {bounds.context_tokens}, {arguments.threads} threads, {arguments.repeats} fresh processes each"
-    show(title, ["setting", "peak", "over as built, MiB", "prefill, tokens/s", "decode, tokens/s"], rows, arguments.json, data)
+    title = (
+        f"{arguments.bundle.name}: context {bounds.context_tokens}, {arguments.threads} threads, "
+        f"{arguments.repeats} fresh processes each"
+    )
+    show(
+        title,
+        ["setting", "peak", "over as built, MiB", "prefill, tokens/s", "decode, tokens/s"],
+        rows,
+        arguments.json,
+        data,
+    )
 
 
 if __name__ == "__main__":

@@ -58,11 +58,14 @@ class RuntimeCheckError(PackagerError):
 
 
 class InfeasibleBudgetError(PackagerError):
-    """Even the smallest model the map offers needs more memory than the budget. `shortfall`: its terms, and what would fit."""
+    """Even the smallest model the map offers needs more memory than the budget. `shortfall`: its terms, and what would
+    fit."""
 
     exit_code = 4
 
-    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int, shortfall: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, message: str, *, budget_bytes: int, minimum_bytes: int, shortfall: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.bundle import GOLDEN_FILE, write_contents, write_manifest
+from packager.bundle.manifest import Manifest
+from packager.bundle.writer import GOLDEN_FILE, write_contents, write_manifest
 from packager.errors import ArtifactError, InfeasibleBudgetError
-from packager.files import published_folder, refuse_existing
-from packager.manifest import Manifest
-from packager.plan import LoadedMap, Plan, Request, load_map
+from packager.io.files import published_folder, refuse_existing
+from packager.planning.plan import LoadedMap, Plan, Request, load_map
 from packager.profile import DeviceProfile
 from packager.progress import Progress
-from packager.report import ValidationReport, write_report
-from packager.scoremap import IDENTITY_FILE
+from packager.scoremap.model import IDENTITY_FILE
+from packager.validation.report import ValidationReport, write_report
 
 if TYPE_CHECKING:
     from packager.scoring.polish_plan import Polishing
@@ -42,7 +42,16 @@ class Built:
     report: ValidationReport | None
 
 
-def build(loaded: LoadedMap, request: Request, out: Path, *, validate: bool, force: bool, progress: Progress, polishing: Polishing | None = None) -> Built:
+def build(
+    loaded: LoadedMap,
+    request: Request,
+    out: Path,
+    *,
+    validate: bool,
+    force: bool,
+    progress: Progress,
+    polishing: Polishing | None = None,
+) -> Built:
     """Write the bundle for `request` to folder `out`, validated on the runtime unless told otherwise, its block scales
     tuned against the original model where `polishing` is given.
 
@@ -99,9 +108,12 @@ class _Round:
         }
 
 
-def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress, polishing: Polishing | None) -> Built:
-    from packager import reference
-    from packager.validate import require_supported, validate_bundle
+def _validated(
+    loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress, polishing: Polishing | None
+) -> Built:
+    from packager.runtime.providers import require_supported
+    from packager.validation import reference
+    from packager.validation.validate import validate_bundle
 
     provider = request.profile.provider
     require_supported(provider)
@@ -116,7 +128,9 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
     reference.write_golden(torch_side, staging / GOLDEN_FILE, context_tokens=plan.context_tokens)
     progress.advance()
     manifest = write_manifest(staging, loaded, plan, provider, measured=None, polish=polish)
-    report = validate_bundle(staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds], torch_side=torch_side)
+    report = validate_bundle(
+        staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds], torch_side=torch_side
+    )
     manifest = write_manifest(staging, loaded, plan, provider, measured=report.measured, polish=polish)
     write_report(report, staging)
     return Built(plan=plan, manifest=manifest, report=report)
@@ -124,7 +138,7 @@ def _validated(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, p
 
 def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress) -> list[_Round]:
     """Build and measure until the peak fits and the budget is used, three times at most; the last round lies staged."""
-    from packager.validate import measure_device
+    from packager.validation.validate import measure_device
 
     rounds: list[_Round] = []
     reserve: int | None = 0
@@ -133,7 +147,10 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
     while reserve is not None and len(rounds) < _ROUNDS:
         if rounds:
             again = _planned_again(loaded, kept, rounds[-1], reserve)
-            if again is None or (again.choices, again.context_tokens) == (rounds[-1].plan.choices, rounds[-1].plan.context_tokens):
+            if again is None or (again.choices, again.context_tokens) == (
+                rounds[-1].plan.choices,
+                rounds[-1].plan.context_tokens,
+            ):
                 break
             plan = replace(again, cache_note=plan.cache_note)
         _stage(loaded, plan, request.profile, staging, progress)
@@ -148,8 +165,8 @@ def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path,
 
 
 def _planned_again(loaded: LoadedMap, request: Request, last: _Round, reserve: int) -> Plan | None:
-    """The plan that keeps `reserve` free, or at least what was measured beside the prediction; None where the last one, which
-    fits, is the smallest. InfeasibleBudgetError where it did not fit."""
+    """The plan that keeps `reserve` free, or at least what was measured beside the prediction; None where the last one,
+    which fits, is the smallest. InfeasibleBudgetError where it did not fit."""
     for spare in (reserve, reserve - last.margin_bytes):
         try:
             return request.plan(loaded, spare)
@@ -166,8 +183,10 @@ def _next_reserve(last: _Round) -> int | None:
 
 
 def _best(rounds: Sequence[_Round]) -> _Round:
-    """The round to publish. Of those that fit, the one of the most weights that is neither tight nor slack; else the tight one that
-    has the most room, for its peak is measured once more; else the largest slack one. The last where none fits."""
+    """The round to publish. Of those that fit, the one of the most weights that is neither tight nor slack; else the
+    tight one that has the most room, for its peak is measured once more; else the largest slack one. The last where
+    none fits.
+    """
 
     def rank(item: _Round) -> tuple[int, int]:
         if item.tight:
@@ -178,8 +197,16 @@ def _best(rounds: Sequence[_Round]) -> _Round:
     return max(fitting, key=rank, default=rounds[-1])
 
 
-def _polished(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress, polishing: Polishing | None) -> dict[str, Any] | None:
-    """Stage the plan again with tuned scales, which changes neither its bytes nor its memory; what there is to say of it."""
+def _polished(
+    loaded: LoadedMap,
+    plan: Plan,
+    profile: DeviceProfile,
+    staging: Path,
+    progress: Progress,
+    polishing: Polishing | None,
+) -> dict[str, Any] | None:
+    """Stage the plan again with tuned scales, which changes neither its bytes nor its memory; what there is to say of
+    it."""
     if polishing is None:
         return None
     from packager.scoring.polish_plan import polish_plan
@@ -191,7 +218,14 @@ def _polished(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Pa
     return said
 
 
-def _stage(loaded: LoadedMap, plan: Plan, profile: DeviceProfile, staging: Path, progress: Progress, polished: Path | None = None) -> None:
+def _stage(
+    loaded: LoadedMap,
+    plan: Plan,
+    profile: DeviceProfile,
+    staging: Path,
+    progress: Progress,
+    polished: Path | None = None,
+) -> None:
     progress.phase("writing the bundle", 1)
     for path in staging.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -217,18 +251,29 @@ def pack(
 
     ArtifactError where the map there is of other settings, for it may have taken hours; `force` replaces it.
     """
-    from packager.checkpoint import open_checkpoint
     from packager.scoring.score import map_differences, score_model
+    from packager.source.checkpoint import open_checkpoint
 
     refuse_existing(out, force=force)
     checkpoint = open_checkpoint(source)
     folder = cache or out.parent / f"{checkpoint.name}.map"
-    differences = map_differences(folder, checkpoint, settings, calibration_paths) if (folder / IDENTITY_FILE).is_file() else None
+    differences = (
+        map_differences(folder, checkpoint, settings, calibration_paths) if (folder / IDENTITY_FILE).is_file() else None
+    )
     if differences and not force:
         raise ArtifactError(
-            f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name another with --map, "
+            f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
+            f"another with --map, "
             "or pass --force to score again in its place"
         )
     if differences != []:
-        score_model(checkpoint, folder, settings, calibration_paths=calibration_paths, device=device, force=force, progress=progress)
+        score_model(
+            checkpoint,
+            folder,
+            settings,
+            calibration_paths=calibration_paths,
+            device=device,
+            force=force,
+            progress=progress,
+        )
     return build(load_map(folder), request, out, validate=validate, force=force, progress=progress)

@@ -16,12 +16,14 @@ from packager.errors import ProfileError, UsageError
 from packager.sizes import parse_size
 
 KV_CACHES = ("auto", "float", "int8")
+AUTO, FLOAT, INT8 = KV_CACHES
+"""What a key/value cache holds: floats, 8-bit codes, or whichever is predicted to lose less."""
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryCoefficients:
-    """How this kind of device's runtime turns a model into resident memory; see packager.memory for the formula.
+    """How this kind of device's runtime turns a model into resident memory; see packager.memory.model for the formula.
 
     Every value is measured (docs/memory.md says how) on ONNX Runtime's CPU kernels of the machine that
     `measured_on` names, on that date, with those versions.
@@ -51,7 +53,9 @@ class MemoryCoefficients:
     @property
     def provenance(self) -> str:
         """Where, when and with what they were measured."""
-        versions = f"onnxruntime {self.onnxruntime}, onnxruntime-genai {self.onnxruntime_genai}, packager {self.packager}"
+        versions = (
+            f"onnxruntime {self.onnxruntime}, onnxruntime-genai {self.onnxruntime_genai}, packager {self.packager}"
+        )
         return f"{self.measured_on}; {self.measured_date}, {versions}"
 
 
@@ -122,7 +126,9 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
     context = _section(table, "context", where, {"tokens", "minimum"})
     memory = _section(table, "memory", where, set(get_type_hints(MemoryCoefficients)), optional=True)
     if unknown := set(table) - {"device", "runtime", "context", "memory"}:
-        raise ProfileError(f"{where}: unknown section [{sorted(unknown)[0]}]: expected [device], [runtime], [context], [memory]")
+        raise ProfileError(
+            f"{where}: unknown section [{sorted(unknown)[0]}]: expected [device], [runtime], [context], [memory]"
+        )
     memory_bytes = _size(device, "memory", where, of_bytes=None)
     context_tokens = _typed(context, "tokens", int, where)
     profile = DeviceProfile(
@@ -147,7 +153,9 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
 
 def _check(profile: DeviceProfile, where: str) -> None:
     if profile.budget_bytes > profile.memory_bytes:
-        raise ProfileError(f"{where}: device.budget {profile.budget_bytes} is more than device.memory {profile.memory_bytes}")
+        raise ProfileError(
+            f"{where}: device.budget {profile.budget_bytes} is more than device.memory {profile.memory_bytes}"
+        )
     if profile.provider not in PROVIDERS:
         raise ProfileError(f"{where}: runtime.provider {profile.provider!r}: expected one of {', '.join(PROVIDERS)}")
     if profile.kv_cache not in KV_CACHES:
@@ -166,7 +174,10 @@ def _check(profile: DeviceProfile, where: str) -> None:
         if value < least:
             raise ProfileError(f"{where}: {key} {value}: expected at least {least}")
     if profile.minimum_context_tokens > profile.context_tokens:
-        raise ProfileError(f"{where}: context.minimum {profile.minimum_context_tokens} is more than context.tokens {profile.context_tokens}")
+        raise ProfileError(
+            f"{where}: context.minimum {profile.minimum_context_tokens} is more than context.tokens "
+            f"{profile.context_tokens}"
+        )
 
 
 def _section(table: dict[str, Any], key: str, where: str, known: set[str], *, optional: bool = False) -> dict[str, Any]:
@@ -175,7 +186,10 @@ def _section(table: dict[str, Any], key: str, where: str, known: set[str], *, op
         raise ProfileError(f"{where}: section [{key}] is missing")
     if unknown := sorted(set(section) - known):
         near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ProfileError(f"{where}: unknown key {key}.{unknown[0]}" + (f": did you mean {near[0]}?" if near else f": expected {', '.join(sorted(known))}"))
+        raise ProfileError(
+            f"{where}: unknown key {key}.{unknown[0]}"
+            + (f": did you mean {near[0]}?" if near else f": expected {', '.join(sorted(known))}")
+        )
     return section
 
 
@@ -203,7 +217,11 @@ def _coefficients(section: dict[str, Any], where: str) -> MemoryCoefficients:
             value = section[key]
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
-            if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and not 0 <= value < math.inf):
+            if (
+                not isinstance(value, kind)
+                or isinstance(value, bool)
+                or (kind is not str and not 0 <= value < math.inf)
+            ):
                 raise ProfileError(f"{where}: memory.{key} is {value!r}: expected a {kind.__name__}, not negative")
             values[key] = value
     if values.get("reuse_ratio", 0) > 1:

@@ -43,7 +43,9 @@ def parse_size(text: str, *, of_bytes: int | None = None) -> int:
         match = _SIZE.fullmatch(text)
         unit = match.group(2).lower() if match else ""
         if match is None or unit not in _UNITS:
-            raise UsageError(f"{text!r} is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%")
+            raise UsageError(
+                f"{text!r} is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%"
+            )
         size = int(Fraction(match.group(1)) * _UNITS[unit])
     if size <= 0:
         raise UsageError(f"{text!r} is not a size: expected more than zero bytes")

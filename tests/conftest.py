@@ -33,9 +33,9 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from packager.checkpoint import open_checkpoint
 from packager.progress import Silent
 from packager.scoring.score import ScoreSettings, score_model
+from packager.source.checkpoint import open_checkpoint
 
 # Tensors this small are slower on several threads than on one, far slower where cores are shared.
 torch.set_num_threads(1)
@@ -52,9 +52,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 _WORDS = """
-the a of and to in is that it was for on are as with his they at be this have from or one had by word but not what all were we when your can said
-there use an each which she do how their if will up other about out many then them these so some her would make like him into time has look two more
-write go see number no way could people my than first water been call who oil its now find long down day did get come made may part
+the a of and to in is that it was for on are as with his they at be this have from or one had by word but not what all
+were we when your can said there use an each which she do how their if will up other about out many then them these so
+some her would make like him into time has look two more write go see number no way could people my than first water
+been call who oil its now find long down day did get come made may part
 """.split()  # noqa: SIM905  a list of a hundred literals would be no easier to read
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SHAPE: dict[str, Any] = {
@@ -84,17 +85,31 @@ def _gemma3() -> PretrainedConfig:
         sliding_window=32,
         query_pre_attn_scalar=32,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        rope_parameters={"sliding_attention": _ROPE, "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0}},
+        rope_parameters={
+            "sliding_attention": _ROPE,
+            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
     )
 
 
 PICO: dict[str, tuple[type[Any], Callable[[], PretrainedConfig]]] = {
     "llama": (LlamaForCausalLM, lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True, rope_parameters=_ROPE)),
-    "mistral": (MistralForCausalLM, lambda: MistralConfig(**_SHAPE, tie_word_embeddings=False, sliding_window=48, rope_parameters=_ROPE)),
+    "mistral": (
+        MistralForCausalLM,
+        lambda: MistralConfig(**_SHAPE, tie_word_embeddings=False, sliding_window=48, rope_parameters=_ROPE),
+    ),
     "qwen2": (Qwen2ForCausalLM, lambda: Qwen2Config(**_SHAPE, tie_word_embeddings=False, rope_parameters=_ROPE)),
-    "qwen3": (Qwen3ForCausalLM, lambda: Qwen3Config(**(_SHAPE | {"head_dim": 32}), tie_word_embeddings=True, rope_parameters=_ROPE)),
+    "qwen3": (
+        Qwen3ForCausalLM,
+        lambda: Qwen3Config(**(_SHAPE | {"head_dim": 32}), tie_word_embeddings=True, rope_parameters=_ROPE),
+    ),
     "gemma3": (Gemma3ForCausalLM, _gemma3),
-    "phi3": (Phi3ForCausalLM, lambda: Phi3Config(**_SHAPE, tie_word_embeddings=False, rope_parameters=_ROPE, original_max_position_embeddings=1024)),
+    "phi3": (
+        Phi3ForCausalLM,
+        lambda: Phi3Config(
+            **_SHAPE, tie_word_embeddings=False, rope_parameters=_ROPE, original_max_position_embeddings=1024
+        ),
+    ),
     "smollm3": (SmolLM3ForCausalLM, _smollm3),
 }
 
@@ -144,12 +159,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([random_text(1, 2000)], trainer)
     assert tokenizer.get_vocab_size() == VOCABULARY
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|end|>", chat_template=CHAT_TEMPLATE, model_max_length=1024
+        tokenizer_object=tokenizer,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
     )
 
 
@@ -228,7 +251,10 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def maps(
-    tmp_path_factory: pytest.TempPathFactory, picos: Callable[[str], Pico], calibration_text: Path, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory,
+    picos: Callable[[str], Pico],
+    calibration_text: Path,
+    request: pytest.FixtureRequest,
 ) -> Callable[[str], Path]:
     """Quick score maps of the pico models by name, each made once in a session. Tests must not write into them."""
     made: dict[str, Path] = {}
@@ -238,7 +264,13 @@ def maps(
             out = tmp_path_factory.mktemp("maps") / f"{name}.map"
             settings = ScoreSettings(tokens=2048, quick=True)
             pico: Pico = request.getfixturevalue("taught") if name == "taught" else picos(name)
-            score_model(open_checkpoint(str(pico.folder)), out, settings, calibration_paths=[calibration_text], progress=Silent())
+            score_model(
+                open_checkpoint(str(pico.folder)),
+                out,
+                settings,
+                calibration_paths=[calibration_text],
+                progress=Silent(),
+            )
             made[name] = out
         return made[name]
 

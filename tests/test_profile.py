@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from packager.errors import ProfileError
-from packager.profile import DeviceProfile, MemoryCoefficients, load_profile, parse_profile, shipped_profiles, with_memory
+from packager.profile import (
+    DeviceProfile,
+    MemoryCoefficients,
+    load_profile,
+    parse_profile,
+    shipped_profiles,
+    with_memory,
+)
 
 GOOD = """\
 [device]
@@ -50,7 +57,13 @@ def test_there_are_shipped_profiles() -> None:
 def test_defaults() -> None:
     profile = parse(GOOD)
     assert (profile.memory_bytes, profile.budget_bytes, profile.context_tokens) == (256 * 2**20, 128 * 2**20, 512)
-    assert (profile.provider, profile.bits, profile.accuracy_level, profile.chunk_tokens, profile.threads) == ("cpu", (2, 4, 8), 4, 128, 0)
+    assert (profile.provider, profile.bits, profile.accuracy_level, profile.chunk_tokens, profile.threads) == (
+        "cpu",
+        (2, 4, 8),
+        4,
+        128,
+        0,
+    )
     assert profile.minimum_context_tokens == 512
     assert parse(GOOD + "minimum = 256\n").minimum_context_tokens == 256
     assert profile.coefficients == MemoryCoefficients()
@@ -64,7 +77,9 @@ def test_a_near_miss_is_suggested() -> None:
     with pytest.raises(ProfileError) as caught:
         load_profile("zzzz")
     known = ", ".join(shipped_profiles())
-    assert str(caught.value) == f"profile 'zzzz' is unknown: shipped profiles: {known} A path to a .toml file works too."
+    assert (
+        str(caught.value) == f"profile 'zzzz' is unknown: shipped profiles: {known} A path to a .toml file works too."
+    )
 
 
 @pytest.mark.parametrize("name", ["../profiles/edge-box-256mb", "/etc/passwd", "", "."])
@@ -96,38 +111,85 @@ def test_malformed_toml_is_located() -> None:
     ("old", "new", "expected"),
     [
         ("[runtime]", "[runtime]\nbit = [4]", "unknown key runtime.bit: did you mean bits?"),
-        ("[runtime]", "[runtime]\nzzz = 1", "unknown key runtime.zzz: expected accuracy_level, bits, chunk_tokens, kv_cache, provider"),
-        ("[runtime]", "[runtime]\n[extra]", "unknown section [extra]: expected [device], [runtime], [context], [memory]"),
+        (
+            "[runtime]",
+            "[runtime]\nzzz = 1",
+            "unknown key runtime.zzz: expected accuracy_level, bits, chunk_tokens, kv_cache, provider",
+        ),
+        (
+            "[runtime]",
+            "[runtime]\n[extra]",
+            "unknown section [extra]: expected [device], [runtime], [context], [memory]",
+        ),
         ("[runtime]", "", "section [runtime] is missing"),
         ("tokens = 512", "", "key 'tokens' is missing"),
-        pytest.param("tokens = 512", "tokens = 16", "context.tokens 16: expected at least 33", id="a context too short"),
-        pytest.param("tokens = 512", "tokens = 512\nminimum = 16", "context.minimum 16: expected at least 33", id="a minimum too short"),
+        pytest.param(
+            "tokens = 512", "tokens = 16", "context.tokens 16: expected at least 33", id="a context too short"
+        ),
+        pytest.param(
+            "tokens = 512",
+            "tokens = 512\nminimum = 16",
+            "context.minimum 16: expected at least 33",
+            id="a minimum too short",
+        ),
         ("tokens = 512", "tokens = 512\nminimum = 513", "context.minimum 513 is more than context.tokens 512"),
         ("tokens = 512", 'tokens = "512"', "tokens is '512': expected int"),
         ("tokens = 512", "tokens = true", "tokens is True: expected int"),
         (
             'memory = "256MiB"',
             'memory = "12 parsecs"',
-            "device.memory: '12 parsecs' is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%",
+            "device.memory: '12 parsecs' is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share "
+            "such as 60%",
         ),
-        ('memory = "256MiB"', 'memory = "50%"', "device.memory: '50%' is a share, and there is no device memory to take it of: give bytes"),
+        (
+            'memory = "256MiB"',
+            'memory = "50%"',
+            "device.memory: '50%' is a share, and there is no device memory to take it of: give bytes",
+        ),
         ('budget = "50%"', 'budget = "1GiB"', "device.budget 1073741824 is more than device.memory 268435456"),
-        pytest.param('budget = "50%"', 'budget = "50%"\nthreads = -1', "device.threads -1: expected at least 0", id="threads below zero"),
+        pytest.param(
+            'budget = "50%"',
+            'budget = "50%"\nthreads = -1',
+            "device.threads -1: expected at least 0",
+            id="threads below zero",
+        ),
         ("[runtime]", '[runtime]\nprovider = "tpu"', "runtime.provider 'tpu': expected one of cpu, cuda, dml, webgpu"),
         ("[runtime]", "[runtime]\nbits = [3]", "runtime.bits [3]: expected some of 2, 4, 8 (none: float only)"),
-        pytest.param("[runtime]", "[runtime]\nbits = [[4]]", "runtime.bits [[4]]: expected some of 2, 4, 8 (none: float only)", id="bits of lists"),
+        pytest.param(
+            "[runtime]",
+            "[runtime]\nbits = [[4]]",
+            "runtime.bits [[4]]: expected some of 2, 4, 8 (none: float only)",
+            id="bits of lists",
+        ),
         ("[runtime]", "[runtime]\naccuracy_level = 5", "runtime.accuracy_level 5: expected 0 to 4"),
         ("[runtime]", "[runtime]\nchunk_tokens = 0", "runtime.chunk_tokens 0: expected at least 1"),
-        ("[runtime]", "[memory]\nlogit_copies = -1\n[runtime]", "memory.logit_copies is -1.0: expected a float, not negative"),
-        ("[runtime]", "[memory]\nreuse_ratio = 1.5\n[runtime]", "memory.reuse_ratio is 1.5: expected a share, at most 1"),
-        pytest.param(
-            "[runtime]", "[memory]\nlogit_copies = true\n[runtime]", "memory.logit_copies is True: expected a float, not negative", id="a coefficient true"
+        (
+            "[runtime]",
+            "[memory]\nlogit_copies = -1\n[runtime]",
+            "memory.logit_copies is -1.0: expected a float, not negative",
+        ),
+        (
+            "[runtime]",
+            "[memory]\nreuse_ratio = 1.5\n[runtime]",
+            "memory.reuse_ratio is 1.5: expected a share, at most 1",
         ),
         pytest.param(
-            "[runtime]", "[memory]\nlogit_copies = nan\n[runtime]", "memory.logit_copies is nan: expected a float, not negative", id="a coefficient nan"
+            "[runtime]",
+            "[memory]\nlogit_copies = true\n[runtime]",
+            "memory.logit_copies is True: expected a float, not negative",
+            id="a coefficient true",
         ),
         pytest.param(
-            "[runtime]", "[memory]\nrun_bytes = true\n[runtime]", "memory.run_bytes is True: expected a int, not negative", id="a whole coefficient true"
+            "[runtime]",
+            "[memory]\nlogit_copies = nan\n[runtime]",
+            "memory.logit_copies is nan: expected a float, not negative",
+            id="a coefficient nan",
+        ),
+        pytest.param(
+            "[runtime]",
+            "[memory]\nrun_bytes = true\n[runtime]",
+            "memory.run_bytes is True: expected a int, not negative",
+            id="a whole coefficient true",
         ),
     ],
 )
@@ -138,13 +200,26 @@ def test_what_is_wrong_is_located(old: str, new: str, expected: str) -> None:
 
 def test_coefficients_are_read() -> None:
     profile = parse(GOOD + "[memory]\nlogit_copies = 2\nrun_bytes = 5\nmeasured_on = 'here'\n")
-    assert (profile.coefficients.logit_copies, profile.coefficients.run_bytes, profile.coefficients.measured_on) == (2.0, 5, "here")
+    assert (profile.coefficients.logit_copies, profile.coefficients.run_bytes, profile.coefficients.measured_on) == (
+        2.0,
+        5,
+        "here",
+    )
 
 
-VALUES = {"measured_on": 'a "board"', "measured_date": "2026-01-02", "onnxruntime": "1.2", "onnxruntime_genai": "0.3", "packager": "0.4", "run_bytes": 7}
+VALUES = {
+    "measured_on": 'a "board"',
+    "measured_date": "2026-01-02",
+    "onnxruntime": "1.2",
+    "onnxruntime_genai": "0.3",
+    "packager": "0.4",
+    "run_bytes": 7,
+}
 
 
-@pytest.mark.parametrize("section", ["", "[memory]\nlogit_copies = 2\n# a remark\nrun_bytes = 5\n", "[memory] # old\nlogit_copies = 2\n"])
+@pytest.mark.parametrize(
+    "section", ["", "[memory]\nlogit_copies = 2\n# a remark\nrun_bytes = 5\n", "[memory] # old\nlogit_copies = 2\n"]
+)
 def test_the_memory_section_is_replaced_and_the_rest_stays(section: str) -> None:
     text = GOOD.replace("[runtime]", f"{section}[runtime] # kernels")
     written = with_memory(parse(text), VALUES)
@@ -155,7 +230,9 @@ def test_the_memory_section_is_replaced_and_the_rest_stays(section: str) -> None
     assert written.count("[memory]") == 1
     assert "[runtime] # kernels" in written
     assert with_memory(found, VALUES) == written
-    assert found.coefficients.provenance == 'a "board"; 2026-01-02, onnxruntime 1.2, onnxruntime-genai 0.3, packager 0.4'
+    assert (
+        found.coefficients.provenance == 'a "board"; 2026-01-02, onnxruntime 1.2, onnxruntime-genai 0.3, packager 0.4'
+    )
 
 
 def test_a_memory_section_that_cannot_be_replaced_is_refused() -> None:

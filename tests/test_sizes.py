@@ -57,7 +57,10 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_size(text, of_bytes=1000)
-    assert str(caught.value) == f"{text!r} is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%"
+    assert (
+        str(caught.value)
+        == f"{text!r} is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%"
+    )
     assert caught.value.exit_code == 2
 
 

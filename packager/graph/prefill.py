@@ -1,8 +1,8 @@
 """Prefill over a cache of 8-bit codes, at a float cache's speed.
 
-The kernel's products with codes are made for one row: a chunk of 128 tokens over 3,900 cached ones takes one layer three
-times as long as over floats. So a layer's attention becomes an `If`. One row, a decoded token, goes to the kernel that
-reads codes. More rows go over a copy of the past in floats, which one layer at a time holds:
+The kernel's products with codes are made for one row: a chunk of 128 tokens over 3,900 cached ones takes one layer
+three times as long as over floats. So a layer's attention becomes an `If`. One row, a decoded token, goes to the kernel
+that reads codes. More rows go over a copy of the past in floats, which one layer at a time holds:
 
     past codes → cut to the tokens there are → float · step ─┐
     query, key, value ───────────────────── float attention ─┴→ output
@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from packager.graph.layout import PAST_KEY, QUERY, TOTAL
+from packager.graph.names import PAST_KEY, QUERY, TOTAL
 
 Steps = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(key, value): the step between two codes of each channel, (kv_heads, head_dim)."""
@@ -35,9 +35,11 @@ _STRIDE = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What the layers ask of a run, worked out once: whether `floats` serve it, (1,); its tokens `past` and `total`, (1,); how
-    much of a buffer to `cut`, (1,), which is the total in whole steps: pieces of memory that grew with every chunk would leave
-    holes between them; the `places` of its rows in a cache, (1, kv_heads, rows, 3). Beside them constants that every layer needs."""
+    """What the layers ask of a run, worked out once: whether `floats` serve it, (1,); its tokens `past` and `total`,
+    (1,); how much of a buffer to `cut`, (1,), which is the total in whole steps: pieces of memory that grew with every
+    chunk would leave holes between them; the `places` of its rows in a cache, (1, kv_heads, rows, 3). Beside them
+    constants that every layer needs.
+    """
 
     floats: ir.Value
     past: ir.Value
@@ -66,7 +68,16 @@ class _Scope:
     def attention(self, like: ir.Node, inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
         """The outputs of a node that is as `like` but for its inputs and names."""
         outputs = [ir.Value(name=f"{self._prefix}/output_{at}") for at in range(len(like.outputs))]
-        self.nodes.append(ir.Node(like.domain, like.op_type, inputs, like.attributes.values(), outputs=outputs, name=f"{self._prefix}/{like.op_type}"))
+        self.nodes.append(
+            ir.Node(
+                like.domain,
+                like.op_type,
+                inputs,
+                like.attributes.values(),
+                outputs=outputs,
+                name=f"{self._prefix}/{like.op_type}",
+            )
+        )
         return outputs
 
     def constant(self, name: str, content: NDArray[Any]) -> ir.Value:
@@ -88,7 +99,9 @@ def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> Run:
     """
     scope = _Scope(graph, f"/model/prefill.{kv_heads}")
     query, past_key, tokens = (attention.inputs[at] for at in (QUERY, PAST_KEY, TOTAL))
-    one, flat, axis = (scope.constant(name, np.array([number])) for name, number in (("one", 1), ("flat", -1), ("axis", 2)))
+    one, flat, axis = (
+        scope.constant(name, np.array([number])) for name, number in (("one", 1), ("flat", -1), ("axis", 2))
+    )
     rows = scope.node("Shape", query, name="rows", start=1, end=2)
     total = scope.node("Reshape", scope.node("Cast", tokens, to=ir.DataType.INT64), flat, name="total")
     past = scope.node("Sub", total, rows, name="past")
@@ -96,7 +109,9 @@ def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> Run:
     before = scope.node("Div", scope.node("Sub", total, one, name="last"), stride, name="whole")
     cut = scope.node("Mul", scope.node("Add", before, one, name="strides"), stride, name="cut")
     several = scope.node("Greater", rows, one, name="several")
-    room = scope.node("GreaterOrEqual", scope.node("Shape", past_key, name="buffer", start=2, end=3), total, name="room")
+    room = scope.node(
+        "GreaterOrEqual", scope.node("Shape", past_key, name="buffer", start=2, end=3), total, name="room"
+    )
     alone = scope.node("Equal", scope.node("Shape", query, name="sequences", start=0, end=1), one, name="alone")
     floats = scope.node("And", scope.node("And", several, room, name="several_and_room"), alone, name="floats")
     begin, end = (scope.node("Squeeze", value, name=name) for value, name in ((past, "begin"), (total, "end")))
@@ -109,11 +124,14 @@ def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> Run:
     graph.extend(scope.nodes)
     first, unit = scope.constant("first", np.array([0])), scope.constant("unit", np.array(1, np.float32))
     code = scope.constant("code", np.array(0, np.int8))
-    return Run(floats=floats, past=past, total=total, cut=cut, places=places, first=first, axis=axis, unit=unit, code=code)
+    return Run(
+        floats=floats, past=past, total=total, cut=cut, places=places, first=first, axis=axis, unit=unit, code=code
+    )
 
 
 def over_floats(graph: ir.Graph, attention: ir.Node, steps: Steps, run: Run) -> ir.Graph:
-    """The branch for several rows: `attention`, still one over floats, on the past in `steps`, its present back in codes."""
+    """The branch for several rows: `attention`, still one over floats, on the past in `steps`, its present back in
+    codes."""
     scope = _Scope(graph, f"{attention.name}/{_FLOATS}")
     past = attention.inputs[PAST_KEY : PAST_KEY + 2]
     wide = []
@@ -127,17 +145,30 @@ def over_floats(graph: ir.Graph, attention: ir.Node, steps: Steps, run: Run) -> 
     for role, codes, step, whole in zip(_ROLES, past, steps, present, strict=True):
         new = scope.node("Slice", whole, run.past, run.total, run.axis, name=f"{role}/new")
         # As the kernel does it: times 1 / step. A division now and then rounds to the code beside.
-        scaled = scope.node("Mul", new, scope.constant(f"{role}/inverse", 1 / step[None, :, None]), name=f"{role}/scaled")
+        scaled = scope.node(
+            "Mul", new, scope.constant(f"{role}/inverse", 1 / step[None, :, None]), name=f"{role}/scaled"
+        )
         rounded = scope.node("QuantizeLinear", scaled, run.unit, run.code, name=f"{role}/codes")
         outputs.append(scope.node("ScatterND", codes, run.places, rounded, name=f"{role}/present"))
     return scope.branch(outputs)
 
 
 def branch_on_rows(graph: ir.Graph, attention: ir.Node, floats: ir.Graph, run: Run) -> None:
-    """Put an `If` in the place of `attention`, by now one over codes: `floats` of `over_floats` where `run` says so, else itself."""
+    """Put an `If` in the place of `attention`, by now one over codes: `floats` of `over_floats` where `run` says so,
+    else itself."""
     scope = _Scope(graph, f"{attention.name}/{_KERNEL}")
     kernel = scope.branch(scope.attention(attention, attention.inputs))
-    _replace(graph, attention, ir.node("If", [run.floats], {"then_branch": floats, "else_branch": kernel}, num_outputs=3, name=f"{attention.name}/{_BRANCH}"))
+    _replace(
+        graph,
+        attention,
+        ir.node(
+            "If",
+            [run.floats],
+            {"then_branch": floats, "else_branch": kernel},
+            num_outputs=3,
+            name=f"{attention.name}/{_BRANCH}",
+        ),
+    )
 
 
 def unbranch(graph: ir.Graph) -> None:
@@ -146,7 +177,18 @@ def unbranch(graph: ir.Graph) -> None:
         name, _, kind = (node.name or "").rpartition("/")
         if kind == _BRANCH:
             (attention,) = node.attributes["else_branch"].as_graph()
-            _replace(graph, node, ir.Node(attention.domain, attention.op_type, attention.inputs, attention.attributes.values(), num_outputs=3, name=name))
+            _replace(
+                graph,
+                node,
+                ir.Node(
+                    attention.domain,
+                    attention.op_type,
+                    attention.inputs,
+                    attention.attributes.values(),
+                    num_outputs=3,
+                    name=name,
+                ),
+            )
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:

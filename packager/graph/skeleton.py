@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from packager.errors import ExportError, UnsupportedModelError
-from packager.files import write_text
-from packager.graph.layout import EMBEDDING, MATRIX_SUFFIX
+from packager.graph.names import EMBEDDING, MATRIX_SUFFIX
+from packager.io.files import write_text
 
 GRAPH_FILE = "graph.onnx"
 GENAI_FILE = "genai_config.json"
@@ -54,11 +54,13 @@ def meta_model(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor]) ->
     return model
 
 
-def export_skeleton(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor], provider: str, out: Path) -> tuple[list[Matrix], int]:
+def export_skeleton(
+    config: PretrainedConfig, vectors: Mapping[str, torch.Tensor], provider: str, out: Path
+) -> tuple[list[Matrix], int]:
     """Write the weightless graph for execution provider `provider` and its genai_config.json into folder `out`.
 
-    Returns the matrices that surgery has to supply, in the graph's order, and the number of nodes. Raises UnsupportedModelError when the
-    exporter does not know the architecture.
+    Returns the matrices that surgery has to supply, in the graph's order, and the number of nodes. Raises
+    UnsupportedModelError when the exporter does not know the architecture.
     """
     architecture = (config.architectures or ["(none)"])[0]
     builder, base = _exporter()
@@ -87,8 +89,8 @@ def export_skeleton(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor
                     scratch,
                     hf_details={"extra_kwargs": {}, "hf_name": scratch, "hf_config": working},
                     prune_lm_head=True,
-                    # Caches cut to the sliding window save memory, but are read by onnxruntime-genai alone, and even there
-                    # a generation of fewer tokens than the window fails ("KV cache capacity must be at least …").
+                    # Caches cut to the sliding window save memory, but are read by onnxruntime-genai alone, and even
+                    # there a generation of fewer tokens than the window fails ("KV cache capacity must be at least …").
                     windowed_kv_cache=False,
                     fuse_qkv=False,
                     hf_token=False,
@@ -99,7 +101,10 @@ def export_skeleton(config: PretrainedConfig, vectors: Mapping[str, torch.Tensor
                     "LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM or Phi3ForCausalLM"
                 ) from None
             except Exception as error:
-                raise ExportError(f"the exporter failed on {architecture} ({type(error).__name__}: {error}); it said: {log.getvalue()[-300:]}") from error
+                raise ExportError(
+                    f"the exporter failed on {architecture} ({type(error).__name__}: {error}); it said: "
+                    f"{log.getvalue()[-300:]}"
+                ) from error
         genai = json.loads(Path(scratch, GENAI_FILE).read_text())
     graph_model = captured[0]
     _fix_cache_width(graph_model, int(genai["model"]["decoder"]["head_size"]))

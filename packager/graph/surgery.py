@@ -16,12 +16,17 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from packager.errors import ExportError
-from packager.forms import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, TensorSpec
-from packager.graph.caches import Scales, quantise_caches
-from packager.graph.layout import EMBEDDING
-from packager.store import Region
+from packager.forms.registry import BlockForm, FloatForm, Form, LowRankForm, PivotForm, SplitForm, TensorSpec
+from packager.graph.kv_cache_codes import Scales, quantise_caches
+from packager.graph.names import EMBEDDING
+from packager.io.safetensors_ranges import Region
 
-_DTYPES = {"uint8": ir.DataType.UINT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
+_DTYPES = {
+    "uint8": ir.DataType.UINT8,
+    "float16": ir.DataType.FLOAT16,
+    "float32": ir.DataType.FLOAT,
+    "int32": ir.DataType.INT32,
+}
 _ALIGNMENT = 64
 _INLINE_LIMIT = 1024
 _ROTARY_PREFIXES = ("cos_cache", "sin_cache")
@@ -105,11 +110,17 @@ class _Surgeon:
         written, tensors = 0, {}
         specs = placement.form.tensors(placement.rows, placement.cols)
         if set(specs) != set(placement.regions):
-            raise ExportError(f"{placement.name}: form {placement.form.label} needs tensors {sorted(specs)}, the store has {sorted(placement.regions)}")
+            raise ExportError(
+                f"{placement.name}: form {placement.form.label} needs tensors {sorted(specs)}, the store has "
+                f"{sorted(placement.regions)}"
+            )
         for name, spec in specs.items():
             region = placement.regions[name]
             if region.length != spec.bytes:
-                raise ExportError(f"{placement.name}.{name}: expected {spec.bytes} bytes for {spec.shape}, the store has {region.length}")
+                raise ExportError(
+                    f"{placement.name}.{name}: expected {spec.bytes} bytes for {spec.shape}, the store has "
+                    f"{region.length}"
+                )
             tensors[name] = (self._copy(region), spec)
             written += spec.bytes
         self._segments.setdefault(placement.matrix, []).append(_Segment(placement=placement, tensors=tensors))
@@ -152,12 +163,17 @@ class _Surgeon:
             while left:
                 moved = os.sendfile(self._data.fileno(), source.fileno(), offset, left)
                 if not moved:
-                    raise ExportError(f"{region.path} ends before byte {region.offset + region.length}: it is cut short, score the model again")
+                    raise ExportError(
+                        f"{region.path} ends before byte {region.offset + region.length}: it is cut short, score the "
+                        f"model again"
+                    )
                 offset, left = offset + moved, left - moved
         self._data.seek(0, os.SEEK_END)
         return start
 
-    def _external(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, length: int) -> ir.ExternalTensor:
+    def _external(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, length: int
+    ) -> ir.ExternalTensor:
         return ir.ExternalTensor(self._location, offset, length, dtype, shape=ir.Shape(shape), name=name)
 
     def _initializer(self, name: str, at: tuple[int, TensorSpec], shape: tuple[int, ...] | None = None) -> ir.Value:
@@ -169,11 +185,15 @@ class _Surgeon:
         self._graph.register_initializer(value)
         return value
 
-    def _rewire(self, weight: str, segments: Sequence[_Segment], make: Callable[[ir.Node, Sequence[_Segment]], list[ir.Node]]) -> None:
+    def _rewire(
+        self, weight: str, segments: Sequence[_Segment], make: Callable[[ir.Node, Sequence[_Segment]], list[ir.Node]]
+    ) -> None:
         """Put the nodes that `make` returns in the place of the one node that reads `weight`."""
         value = self._waiting.pop(weight, None)
         if value is None:
-            raise ExportError(f"unit {weight!r} meets no node of the graph: the map and its skeleton do not belong together")
+            raise ExportError(
+                f"unit {weight!r} meets no node of the graph: the map and its skeleton do not belong together"
+            )
         uses = list(value.uses())
         if len(uses) != 1:
             raise ExportError(f"weight {weight!r} is read by {len(uses)} nodes: expected one")
@@ -182,7 +202,9 @@ class _Surgeon:
         rows = 0
         for segment in segments:
             if segment.placement.start != rows:
-                raise ExportError(f"{segment.placement.name} begins at row {segment.placement.start} of {weight!r}: expected {rows}")
+                raise ExportError(
+                    f"{segment.placement.name} begins at row {segment.placement.start} of {weight!r}: expected {rows}"
+                )
             rows += segment.placement.rows
         new = make(old, segments)
         target, result = old.outputs[0], new[-1].outputs[0]
@@ -215,17 +237,38 @@ class _Surgeon:
             case PivotForm(rank=rank, factors=form):
                 few = self._kernel(f"{base}/base", source, segment, form, "base.", rank, unit.cols)
                 rest = self._kernel(f"{base}/rest", few.outputs[0], segment, form, "rest.", unit.rows - rank, rank)
-                joined = ir.Node("", "Concat", [few.outputs[0], rest.outputs[0]], [ir.AttrInt64("axis", -1)], name=f"{base}/Concat")
+                joined = ir.Node(
+                    "", "Concat", [few.outputs[0], rest.outputs[0]], [ir.AttrInt64("axis", -1)], name=f"{base}/Concat"
+                )
                 order = self._initializer(f"{unit.name}.order", segment.tensors["order"])
-                return [few, rest, joined, ir.Node("", "Gather", [joined.outputs[0], order], [ir.AttrInt64("axis", -1)], name=f"{base}/Gather")]
+                return [
+                    few,
+                    rest,
+                    joined,
+                    ir.Node(
+                        "", "Gather", [joined.outputs[0], order], [ir.AttrInt64("axis", -1)], name=f"{base}/Gather"
+                    ),
+                ]
             case SplitForm(high=high, low=low):
-                codes, scales = self._split(unit.name, segment, segment.tensors["high"][1].shape, segment.tensors["low"][1].shape)
+                codes, scales = self._split(
+                    unit.name, segment, segment.tensors["high"][1].shape, segment.tensors["low"][1].shape
+                )
                 upper = self._blocks(f"{base}/high", [source, codes[0], scales], high, unit.rows, unit.cols)
                 lower = self._blocks(f"{base}/low", [source, codes[1], scales], low, unit.rows, unit.cols)
                 return [upper, lower, *self._joined(base, upper, lower)]
 
-    def _kernel(self, node: str, source: ir.Value, segment: _Segment, form: FloatForm | BlockForm, prefix: str, rows: int, cols: int) -> ir.Node:
-        """The node that multiplies by the (rows, cols) matrix in the segment's tensors whose names start with `prefix`."""
+    def _kernel(
+        self,
+        node: str,
+        source: ir.Value,
+        segment: _Segment,
+        form: FloatForm | BlockForm,
+        prefix: str,
+        rows: int,
+        cols: int,
+    ) -> ir.Node:
+        """The node that multiplies by the (rows, cols) matrix in the segment's tensors whose names start with
+        `prefix`."""
         if isinstance(form, FloatForm):
             weight = self._initializer(f"{segment.placement.name}.{prefix}weight", segment.tensors[f"{prefix}weight"])
             return ir.Node(_DOMAIN, "FusedMatMul", [source, weight], [ir.AttrInt64("transB", 1)], name=node)
@@ -236,8 +279,16 @@ class _Surgeon:
 
     def _blocks(self, node: str, inputs: Sequence[ir.Value | None], form: BlockForm, rows: int, cols: int) -> ir.Node:
         """A MatMulNBits over codes, scales and zero points."""
-        attributes = {"K": cols, "N": rows, "bits": form.bits, "block_size": form.block, "accuracy_level": self._options.accuracy_level}
-        return ir.Node(_DOMAIN, "MatMulNBits", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=node)
+        attributes = {
+            "K": cols,
+            "N": rows,
+            "bits": form.bits,
+            "block_size": form.block,
+            "accuracy_level": self._options.accuracy_level,
+        }
+        return ir.Node(
+            _DOMAIN, "MatMulNBits", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=node
+        )
 
     def _gather(self, old: ir.Node, segments: Sequence[_Segment]) -> list[ir.Node]:
         """The token embedding. Each segment is looked up with the indices clipped to its rows, and the one that a token
@@ -259,8 +310,12 @@ class _Surgeon:
         result = found.pop()
         for number in reversed(range(len(found))):
             part, unit = f"{base}/{number}", segments[number].placement
-            inside = ir.Node("", "Less", [indices, self._scalar(f"{part}/end", unit.start + unit.rows)], name=f"{part}/Less")
-            mask = ir.Node("", "Unsqueeze", [inside.outputs[0], self._vector(f"{part}/last", -1)], name=f"{part}/Unsqueeze")
+            inside = ir.Node(
+                "", "Less", [indices, self._scalar(f"{part}/end", unit.start + unit.rows)], name=f"{part}/Less"
+            )
+            mask = ir.Node(
+                "", "Unsqueeze", [inside.outputs[0], self._vector(f"{part}/last", -1)], name=f"{part}/Unsqueeze"
+            )
             select = ir.Node("", "Where", [mask.outputs[0], found[number], result], name=f"{part}/Where")
             nodes += [inside, mask, select]
             result = select.outputs[0]
@@ -276,12 +331,20 @@ class _Surgeon:
         prefix = f"{unit.name}.lookup" if unit.tied else unit.name
         form = unit.form
         if isinstance(form, FloatForm):
-            return [ir.Node("", "Gather", [self._initializer(f"{prefix}.weight", segment.tensors["weight"]), indices], name=base)]
+            return [
+                ir.Node(
+                    "", "Gather", [self._initializer(f"{prefix}.weight", segment.tensors["weight"]), indices], name=base
+                )
+            ]
         match form:
             case BlockForm():
                 shape = segment.tensors["codes"][1].shape
                 packed = self._initializer(f"{prefix}.codes", segment.tensors["codes"], (shape[0], shape[1] * shape[2]))
-                inputs: list[ir.Value | None] = [packed, indices, self._initializer(f"{prefix}.scales", segment.tensors["scales"])]
+                inputs: list[ir.Value | None] = [
+                    packed,
+                    indices,
+                    self._initializer(f"{prefix}.scales", segment.tensors["scales"]),
+                ]
                 if form.zeros:
                     inputs.append(self._initializer(f"{prefix}.zeros", segment.tensors["zeros"]))
                 gather = self._lookup_blocks(base, inputs, form)
@@ -298,24 +361,39 @@ class _Surgeon:
     def _lookup_blocks(self, node: str, inputs: Sequence[ir.Value | None], form: BlockForm) -> ir.Node:
         """A GatherBlockQuantized over codes, indices, scales and zero points."""
         attributes = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
-        return ir.Node(_DOMAIN, "GatherBlockQuantized", inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=node)
+        return ir.Node(
+            _DOMAIN,
+            "GatherBlockQuantized",
+            inputs,
+            [ir.AttrInt64(key, value) for key, value in attributes.items()],
+            name=node,
+        )
 
     def _unpadded(self, base: str, rows: ir.Node, form: BlockForm, cols: int) -> list[ir.Node]:
         """The Slice that takes looked-up rows back to `cols` elements, where blocks pad them."""
         if form.blocks(cols) * form.block == cols:
             return []
-        bounds = [self._vector(f"{base}/{role}", number) for role, number in (("start", 0), ("stop", cols), ("axis", -1))]
+        bounds = [
+            self._vector(f"{base}/{role}", number) for role, number in (("start", 0), ("stop", cols), ("axis", -1))
+        ]
         return [ir.Node("", "Slice", [rows.outputs[0], *bounds], name=f"{base}/Slice")]
 
-    def _split(self, prefix: str, segment: _Segment, high: tuple[int, ...], low: tuple[int, ...]) -> tuple[list[ir.Value], ir.Value]:
+    def _split(
+        self, prefix: str, segment: _Segment, high: tuple[int, ...], low: tuple[int, ...]
+    ) -> tuple[list[ir.Value], ir.Value]:
         """Upper and lower codes in the given shapes, and the scales that both share."""
-        codes = [self._initializer(f"{prefix}.{part}", segment.tensors[part], shape) for part, shape in (("high", high), ("low", low))]
+        codes = [
+            self._initializer(f"{prefix}.{part}", segment.tensors[part], shape)
+            for part, shape in (("high", high), ("low", low))
+        ]
         return codes, self._initializer(f"{prefix}.scales", segment.tensors["scales"])
 
     def _joined(self, base: str, upper: ir.Node, lower: ir.Node) -> list[ir.Node]:
         """Four times what the upper bits make, plus what the lower bits make."""
         four = ir.tensor(4.0, dtype=ir.DataType.FLOAT, name=f"{base}/four")
-        value = ir.Value(name=f"{base}/four", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]), const_value=four)
+        value = ir.Value(
+            name=f"{base}/four", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]), const_value=four
+        )
         self._graph.register_initializer(value)
         scaled = ir.Node("", "Mul", [upper.outputs[0], value], name=f"{base}/Mul")
         return [scaled, ir.Node("", "Add", [scaled.outputs[0], lower.outputs[0]], name=f"{base}/Add")]

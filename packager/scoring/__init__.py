@@ -1,1 +1,1 @@
-"""Model in, scored options out."""
+"""A model in, scored options out: the one computation per model."""

@@ -1,8 +1,8 @@
 """Codes of a matrix set one column after another.
 
 Maths over tensors. Rows share nothing but H, so those of many matrices, or of one on many grids, stand side by side: a
-step of the loop costs about the same for a few rows as for thousands. Columns come first here, (K, M), in the order they
-are set: one column of all rows lies together.
+step of the loop costs about the same for a few rows as for thousands. Columns come first here, (K, M), in the order
+they are set: one column of all rows lies together.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _SLAB = 32
 
 
 def spread_errors(columns: Tensor, scale: Tensor, zero: Tensor, top: Tensor, upper: Tensor) -> Tensor:
-    """Codes (K, M), from 0 to `top` (M,), of `columns` (K, M), which are used up: each is rounded to (code - `zero`) · `scale`,
-    and its error goes to the columns after it through `upper` (K, K), the upper Cholesky factor of H⁻¹.
+    """Codes (K, M), from 0 to `top` (M,), of `columns` (K, M), which are used up: each is rounded to (code - `zero`) ·
+    `scale`, and its error goes to the columns after it through `upper` (K, K), the upper Cholesky factor of H⁻¹.
 
     Frantar et al. 2023 (arXiv 2210.17323), section 3 and algorithm 1.
     """
@@ -36,10 +36,11 @@ def spread_errors(columns: Tensor, scale: Tensor, zero: Tensor, top: Tensor, upp
 
 
 def look_back(codes: Tensor, error: Tensor, scale: Tensor, top: Tensor, hessian: Tensor) -> Tensor:
-    """`codes` (K, M) set anew: each becomes the one, from 0 to `top` (M,), that minimises eᵀ H e for the errors e = w - ŵ of its row,
-    `error` (K, M), with all others as they are.
+    """`codes` (K, M) set anew: each becomes the one, from 0 to `top` (M,), that minimises eᵀ H e for the errors e = w -
+    ŵ of its row, `error` (K, M), with all others as they are.
 
-    Coordinate descent, as in QuantEase (Behdin et al. 2023, arXiv 2309.01885). `codes` and `error` are changed in place.
+    Coordinate descent, as in QuantEase (Behdin et al. 2023, arXiv 2309.01885). `codes` and `error` are changed in
+    place.
     """
     slope = 1 / (scale * hessian.diagonal()[:, None])  # what a code moves by for the gradient of its column
     for start in range(0, len(codes), _SLAB):

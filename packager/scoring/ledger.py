@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from packager.files import dump_json, read_json, write_text
+from packager.io.files import dump_json, read_json, write_text
 
 
 class Ledger:

@@ -1,9 +1,9 @@
 """Tuning a chosen size against the original model: every block's scale moves, no byte is added.
 
 Codes were rounded and scales fitted matrix by matrix. Here all scales of a model are trained together to bring its
-predictions back to the original's: KL(original ‖ packed) on calibration text (distillation, Hinton et al. 2015; training
-the step sizes alone is the second phase of EfficientQAT, Chen et al. 2024, arXiv 2407.11062). It needs the original
-model and minutes for one size, so it is no part of the map.
+predictions back to the original's: KL(original ‖ packed) on calibration text (distillation, Hinton et al. 2015;
+training the step sizes alone is the second phase of EfficientQAT, Chen et al. 2024, arXiv 2407.11062). It needs the
+original model and minutes for one size, so it is no part of the map.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from packager.forms import BlockForm, Form, SplitForm, activation_block
-from packager.graph.packing import dequantize
+from packager.forms.packing import dequantize
+from packager.forms.registry import BlockForm, Form, SplitForm, activation_block
 from packager.progress import Progress
 from packager.scoring.probes import Observer, rounding_hook
-from packager.scoring.sources import Source
+from packager.source.unit_weights import Source
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -94,8 +94,8 @@ def polish(
 ) -> Polish:
     """Tune the scales of `packed`'s decoder matrices for `seconds`, windows (n, length) of text in turn.
 
-    `packed` holds the weights of the chosen `forms` (by unit name) and is left with hooks and trained parts on: it is of
-    no use afterwards. `load` gives the stored tensors of a unit's form. The vocabulary stays as it is.
+    `packed` holds the weights of the chosen `forms` (by unit name) and is left with hooks and trained parts on: it is
+    of no use afterwards. `load` gives the stored tensors of a unit's form. The vocabulary stays as it is.
     """
     parts = [_Part(source, form, load(source, form)) for source, form in _tunable(sources, forms)]
     by_module: dict[str, list[_Part]] = {}
@@ -126,7 +126,14 @@ def _tunable(sources: Sequence[Source], forms: Mapping[str, Form]) -> Iterator[t
             yield source, form
 
 
-def _train(original: torch.nn.Module, packed: torch.nn.Module, changes: Sequence[Tensor], windows: Tensor, seconds: float, progress: Progress) -> int:
+def _train(
+    original: torch.nn.Module,
+    packed: torch.nn.Module,
+    changes: Sequence[Tensor],
+    windows: Tensor,
+    seconds: float,
+    progress: Progress,
+) -> int:
     """Adam on the relative changes, the rate rising over five steps and falling to zero as time runs out."""
     optimiser = torch.optim.Adam(changes, lr=_RATE, betas=(0.9, 0.95))
     progress.phase("polishing block scales against the original model", 100)

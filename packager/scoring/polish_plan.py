@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from packager.checkpoint import Checkpoint
 from packager.errors import UsageError
-from packager.forms import FloatForm, Form
-from packager.graph.packing import dequantize
-from packager.plan import LoadedMap, Plan, form_of
+from packager.forms.packing import dequantize
+from packager.forms.registry import FloatForm, Form
+from packager.planning.plan import LoadedMap, Plan, form_of
 from packager.progress import Progress
-from packager.scoremap import STORE_FILE
-from packager.scoring.calibration import load_calibration
+from packager.scoremap.model import STORE_FILE
 from packager.scoring.polish import Polish, polish
-from packager.scoring.sources import Source, find_sources, matrices_of
+from packager.source.calibration_text import load_calibration
+from packager.source.checkpoint import Checkpoint
+from packager.source.unit_weights import Source, find_sources, matrices_of
 
 REFERENCE_FILE = "reference.safetensors"
 _TOKENS = 1 << 19
@@ -45,10 +45,13 @@ def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, 
     checkpoint, identity = polishing.checkpoint, loaded.identity
     if checkpoint.sha256() != identity.model.sha256:
         raise UsageError(
-            f"--model {checkpoint.name} is not the model of the map ({identity.model.name}, sha256 {identity.model.sha256[:16]}…): its weights differ"
+            f"--model {checkpoint.name} is not the model of the map ({identity.model.name}, sha256 "
+            f"{identity.model.sha256[:16]}…): its weights differ"
         )
     progress.phase("reading the original model", 1)
-    calibration = load_calibration(polishing.calibration_paths, checkpoint.tokenizer(), tokens=_TOKENS, seed=int(identity.settings["seed"]))
+    calibration = load_calibration(
+        polishing.calibration_paths, checkpoint.tokenizer(), tokens=_TOKENS, seed=int(identity.settings["seed"])
+    )
     heldout = torch.from_numpy(load_file(loaded.folder / REFERENCE_FILE)["heldout"].astype(np.int64))
     original, packed = checkpoint.load(), checkpoint.load()
     units = loaded.scoremap.units
@@ -58,13 +61,18 @@ def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, 
 
         def load(source: Source, form: Form) -> dict[str, NDArray[np.generic]]:
             unit = source.unit
-            return {name: store.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)}
+            return {
+                name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
+                for name in form.tensors(unit.rows, unit.cols)
+            }
 
         with torch.no_grad():
             for source in sources:
                 form, unit = forms[source.unit.name], source.unit
                 if not isinstance(form, FloatForm):
-                    source.weight(packed).copy_(torch.from_numpy(dequantize(form, load(source, form), unit.rows, unit.cols)))
+                    source.weight(packed).copy_(
+                        torch.from_numpy(dequantize(form, load(source, form), unit.rows, unit.cols))
+                    )
         progress.advance()
         done = polish(
             original,

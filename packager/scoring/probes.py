@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from packager.forms import BlockForm, FloatForm, LowRankForm, PivotForm, SplitForm, activation_block
-from packager.identity import Probe
-from packager.losses import token_losses
-from packager.scoremap import Option, ScoreMap, Unit
+from packager.forms.registry import BlockForm, FloatForm, LowRankForm, PivotForm, SplitForm, activation_block
+from packager.scoremap.identity import Probe
+from packager.scoremap.model import Option, ScoreMap, Unit
+from packager.scoring.losses import token_losses
 from packager.scoring.rounding import activation_error
-from packager.scoring.sources import Source
+from packager.source.unit_weights import Source
 
 _PROBE_NATS = 0.08
 _LOGIT_LIMIT = 48 << 20
@@ -58,12 +58,24 @@ class Observer:
         """(divergence KL(original ‖ now), rise of the loss), both in nats per token, of another model or of the same
         one as it is now."""
         now, loss = self._run(self._model if model is None else model)
-        divergence = torch.nn.functional.kl_div(now, self._log_chances, reduction="none", log_target=True).sum(-1).double().mean()
+        divergence = (
+            torch.nn.functional.kl_div(now, self._log_chances, reduction="none", log_target=True)
+            .sum(-1)
+            .double()
+            .mean()
+        )
         return float(divergence), float((loss - self.token_nats).double().mean())
 
 
 @contextlib.contextmanager
-def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping[str, Option], load: Load, *, rounds_inputs: bool = True) -> Iterator[None]:
+def perturbed(
+    model: torch.nn.Module,
+    sources: Sequence[Source],
+    chosen: Mapping[str, Option],
+    load: Load,
+    *,
+    rounds_inputs: bool = True,
+) -> Iterator[None]:
     """The model with the chosen options (by unit name) in the place of its weights, which come back at the end.
 
     With `rounds_inputs` the inputs of what is in codes are rounded to 8 bits too, as the kernels for CPUs round them.
@@ -81,7 +93,9 @@ def perturbed(model: torch.nn.Module, sources: Sequence[Source], chosen: Mapping
             weight.copy_(load(source, option).to(weight.device))
             block = activation_block(option.form)
             if rounds_inputs and block is not None and source.unit.kind != "embedding":
-                module = model.get_submodule(source.module) if source.unit.kind == "linear" else model.get_output_embeddings()  # type: ignore[operator]
+                linear = source.unit.kind == "linear"
+                head = model.get_output_embeddings()  # type: ignore[operator]
+                module = model.get_submodule(source.module) if linear else head
                 # Parts of one matrix read the same inputs, each in its own blocks; here the shortest stand for all.
                 blocks[module] = min(block, blocks.get(module, block))
         handles = [module.register_forward_pre_hook(rounding_hook(block)) for module, block in blocks.items()]
@@ -98,13 +112,17 @@ def rounding_hook(block: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]],
 
     def hook(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = arguments[0].flatten(0, -2).float()
-        return ((rows + activation_error(rows.detach(), block)).to(arguments[0].dtype).view_as(arguments[0]), *arguments[1:])
+        return (
+            (rows + activation_error(rows.detach(), block)).to(arguments[0].dtype).view_as(arguments[0]),
+            *arguments[1:],
+        )
 
     return hook
 
 
 def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
-    """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1, in one of `bands`."""
+    """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1, in one of
+    `bands`."""
     match option.form:
         case FloatForm():
             return "float"
@@ -114,7 +132,11 @@ def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
             kind = "low rank"
         case SplitForm():
             kind = "6 bits"
-    return f"{kind}, vocabulary" if unit.kind != "linear" else f"{kind}, depth {min(int(position * bands), bands - 1) + 1} of {bands}"
+    return (
+        f"{kind}, vocabulary"
+        if unit.kind != "linear"
+        else f"{kind}, depth {min(int(position * bands), bands - 1) + 1} of {bands}"
+    )
 
 
 def probe_sets(units: Sequence[Unit], options: Sequence[Sequence[Option]], bands: int) -> dict[str, dict[str, Option]]:
@@ -146,14 +168,24 @@ def probe_sets(units: Sequence[Unit], options: Sequence[Sequence[Option]], bands
 
 def multipliers(probes: Sequence[Probe]) -> dict[str, float]:
     """Measured over predicted for each class, within bounds that keep one odd probe from ruling the order."""
-    return {probe.kind: min(_MOST, max(_LEAST, probe.measured_nats / probe.predicted_nats)) for probe in probes if probe.predicted_nats > 0}
+    return {
+        probe.kind: min(_MOST, max(_LEAST, probe.measured_nats / probe.predicted_nats))
+        for probe in probes
+        if probe.predicted_nats > 0
+    }
 
 
-def corrected(units: Sequence[Unit], options: Sequence[Sequence[Option]], factors: Mapping[str, float], bands: int) -> list[list[Option]]:
+def corrected(
+    units: Sequence[Unit], options: Sequence[Sequence[Option]], factors: Mapping[str, float], bands: int
+) -> list[list[Option]]:
     """Options with their prices multiplied by their class's factor (1 where there is none)."""
     return [
         [
-            Option(form=option.form, bytes=option.bytes, loss_nats=option.loss_nats * factors.get(kind_of(unit, option, index / len(units), bands), 1.0))
+            Option(
+                form=option.form,
+                bytes=option.bytes,
+                loss_nats=option.loss_nats * factors.get(kind_of(unit, option, index / len(units), bands), 1.0),
+            )
             for option in chain
         ]
         for index, (unit, chain) in enumerate(zip(units, options, strict=True))

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms import BlockForm, SplitForm
-from packager.graph.packing import pack_blocks
+from packager.forms.packing import pack_blocks
+from packager.forms.registry import BlockForm, SplitForm
 from packager.scoring.columns import look_back, spread_errors
 
 _DAMPING = 0.01
@@ -68,8 +68,8 @@ class Rounded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feedback:
-    """How the error of a column is spread under `hessian` (K, K): `order` (K,) in which columns are rounded, and `upper`
-    (K, K), the upper Cholesky factor of the inverse of H so ordered."""
+    """How the error of a column is spread under `hessian` (K, K): `order` (K,) in which columns are rounded, and
+    `upper` (K, K), the upper Cholesky factor of the inverse of H so ordered."""
 
     hessian: Tensor
     order: Tensor
@@ -83,8 +83,8 @@ def feedback(hessian: Tensor, damping: float = _DAMPING) -> Feedback:
 
 
 def round_to(weights: Tensor, forms: Sequence[BlockForm | SplitForm], spread: Feedback) -> Iterator[Rounded]:
-    """(N, K) `weights` rounded to the codes of each of `forms`, their scales refitted. As many forms are worked on at once as
-    keep that small in memory."""
+    """(N, K) `weights` rounded to the codes of each of `forms`, their scales refitted. As many forms are worked on at
+    once as keep that small in memory."""
     grids = [grid_of(form) for form in forms]
     count = max(1, _WORK_ELEMENTS // max(1, weights.numel()))
     for start in range(0, len(grids), count):
@@ -93,7 +93,10 @@ def round_to(weights: Tensor, forms: Sequence[BlockForm | SplitForm], spread: Fe
 
 def _round_at_once(weights: Tensor, grids: Sequence[Grid], spread: Feedback) -> list[Rounded]:
     target = weights.float() @ spread.hessian
-    rounded = [refit_scales(one, target, spread.hessian, grid) for one, grid in zip(gptq(weights, spread, grids), grids, strict=True)]
+    rounded = [
+        refit_scales(one, target, spread.hessian, grid)
+        for one, grid in zip(gptq(weights, spread, grids), grids, strict=True)
+    ]
     for sweep in range(max(_SWEEPS[grid.bits] for grid in grids)):
         again = [at for at, grid in enumerate(grids) if _SWEEPS[grid.bits] > sweep]
         fresh = descend(weights, [rounded[at] for at in again], spread, [grids[at] for at in again])
@@ -192,13 +195,16 @@ def gptq(weights: Tensor, spread: Feedback, forms: Sequence[Grid]) -> list[Round
 
 
 def descend(weights: Tensor, rounded: Sequence[Rounded], spread: Feedback, forms: Sequence[Grid]) -> list[Rounded]:
-    """Set every code of (N, K) `weights`, as it is in each of `forms`, anew, in the order of `spread`, to the one that minimises
-    (w - ŵ) H (w - ŵ)ᵀ with the scales and all other codes as they are. H is damped as for GPTQ."""
+    """Set every code of (N, K) `weights`, as it is in each of `forms`, anew, in the order of `spread`, to the one that
+    minimises (w - ŵ) H (w - ŵ)ᵀ with the scales and all other codes as they are. H is damped as for GPTQ."""
     hessian = spread.hessian[spread.order][:, spread.order]
     damping = _DAMPING * float(hessian.diagonal().mean())
     hessian.diagonal().add_(damping).clamp_(min=torch.finfo(torch.float32).tiny)
     scale = _by_column([one.scales for one in rounded], forms, spread.order)
-    error = torch.cat([(weights.float() - values_on(one, form))[:, spread.order].T for one, form in zip(rounded, forms, strict=True)], dim=1)
+    error = torch.cat(
+        [(weights.float() - values_on(one, form))[:, spread.order].T for one, form in zip(rounded, forms, strict=True)],
+        dim=1,
+    )
     codes = torch.cat([one.codes[:, spread.order].T.float() for one in rounded], dim=1)
     fresh = _by_form(look_back(codes, error, scale, _tops(weights, forms), hessian), forms, spread.order)
     return [Rounded(codes=code, scales=one.scales, zeros=one.zeros) for code, one in zip(fresh, rounded, strict=True)]
@@ -206,7 +212,10 @@ def descend(weights: Tensor, rounded: Sequence[Rounded], spread: Feedback, forms
 
 def _by_column(parameters: Sequence[Tensor], forms: Sequence[Grid], order: Tensor) -> Tensor:
     """(K, N · forms): for every column in `order` and every row, its block's number among each form's (N, blocks)."""
-    parts = [each.T[torch.div(order, form.block, rounding_mode="floor")] for each, form in zip(parameters, forms, strict=True)]
+    parts = [
+        each.T[torch.div(order, form.block, rounding_mode="floor")]
+        for each, form in zip(parameters, forms, strict=True)
+    ]
     return torch.cat(parts, dim=1)
 
 
@@ -239,15 +248,20 @@ def values_on(rounded: Rounded, form: Grid) -> Tensor:
 def packed(rounded: Rounded, form: BlockForm | SplitForm) -> dict[str, NDArray[np.generic]]:
     """The tensors that the codes are stored in."""
     if isinstance(form, SplitForm):
-        high = pack_blocks(form.high, (rounded.codes >> form.low.bits).cpu().numpy(), rounded.scales.cpu().numpy(), None)
-        low = pack_blocks(form.low, (rounded.codes & (2**form.low.bits - 1)).cpu().numpy(), rounded.scales.cpu().numpy(), None)
+        high = pack_blocks(
+            form.high, (rounded.codes >> form.low.bits).cpu().numpy(), rounded.scales.cpu().numpy(), None
+        )
+        low = pack_blocks(
+            form.low, (rounded.codes & (2**form.low.bits - 1)).cpu().numpy(), rounded.scales.cpu().numpy(), None
+        )
         return {"high": high["codes"], "low": low["codes"], "scales": low["scales"]}
     zeros = rounded.zeros.cpu().numpy() if rounded.zeros is not None else None
     return pack_blocks(form, rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
 
 
 def activation_error(inputs: Tensor, block: int) -> Tensor:
-    """What (T, K) `inputs` lose when the kernels round them to 8 bits, each block of each row by its largest magnitude."""
+    """What (T, K) `inputs` lose when the kernels round them to 8 bits, each block of each row by its largest
+    magnitude."""
     short = -inputs.shape[1] % block
     shaped = torch.nn.functional.pad(inputs, (0, short)).reshape(len(inputs), -1, block)
     largest = shaped.abs().amax(dim=-1, keepdim=True)  # an infinity norm is the same and ten times slower

@@ -1,7 +1,7 @@
 """The one computation per model: checkpoint and calibration text in, a `.map` folder out.
 
 Finished work lies in a folder beside the target until the map is whole, and a killed run resumes from there: see
-`packager.scoring.work`.
+`packager.scoring.workspace`.
 """
 
 from __future__ import annotations
@@ -20,27 +20,41 @@ import torch
 from safetensors.numpy import save_file
 
 from packager import __version__
-from packager.checkpoint import Checkpoint, vectors
-from packager.curve import Anchor, monotone
 from packager.errors import CalibrationError
-from packager.files import dump_json, published_folder, read_json, refuse_existing, sha256_file, sha256_json, write_text
-from packager.geometry import read_geometry
-from packager.graph.caches import CACHE_ROLES, cache_facts, scale_name
+from packager.graph.kv_cache_codes import CACHE_ROLES, cache_facts, scale_name
 from packager.graph.skeleton import GRAPH_FILE, export_skeleton
-from packager.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity, Probe, read_identity, require_model
-from packager.limits import peak_bytes
+from packager.io.files import (
+    dump_json,
+    published_folder,
+    read_json,
+    refuse_existing,
+    sha256_file,
+    sha256_json,
+    write_text,
+)
+from packager.memory.geometry import read_geometry
+from packager.planning.solver import choice_at, total_loss
 from packager.progress import Progress
-from packager.scoremap import IDENTITY_FILE, MAP_FILE, SCHEMA, Option, ScoreMap, make_map, map_tensors
-from packager.scoring.acip import AcipSettings, check_reachable
-from packager.scoring.acip_map import Ranking, labels_ranked, learn, load_start, prepare, ranked_options, start_path
-from packager.scoring.caches import score_cache
-from packager.scoring.calibration import Calibration, load_calibration, nats_per_byte, unfamiliar
-from packager.scoring.curvature import Curvature, collect, groups
+from packager.runtime.limits import peak_bytes
+from packager.scoremap.anchors import Anchor, monotone
+from packager.scoremap.identity import (
+    CalibrationIdentity,
+    Losses,
+    MapIdentity,
+    ModelIdentity,
+    Probe,
+    read_identity,
+    require_model,
+)
+from packager.scoremap.model import IDENTITY_FILE, MAP_FILE, SCHEMA, Option, ScoreMap, make_map, map_tensors
+from packager.scoring.acip.options import Ranking, labels_ranked, learn, load_start, prepare, ranked_options, start_path
+from packager.scoring.acip.training import AcipSettings, check_reachable
+from packager.scoring.curvature.moments import Curvature, collect, groups
+from packager.scoring.curvature.options import Kernels, forms_tried, score_unit
+from packager.scoring.kv_cache_price import score_cache
 from packager.scoring.ledger import Ledger
-from packager.scoring.options import Kernels, forms_tried, score_unit
 from packager.scoring.probes import Observer, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
-from packager.scoring.sources import Source, find_sources
-from packager.scoring.work import (
+from packager.scoring.workspace import (
     LEDGER_FILE,
     curvature_path,
     load_curvature,
@@ -52,7 +66,9 @@ from packager.scoring.work import (
     save_options,
     write_store,
 )
-from packager.solver import choice_at, total_loss
+from packager.source.calibration_text import Calibration, load_calibration, nats_per_byte, unfamiliar
+from packager.source.checkpoint import Checkpoint, vectors
+from packager.source.unit_weights import Source, find_sources
 
 REFERENCE_FILE = "reference.safetensors"
 SKELETON_FOLDER = "skeleton"
@@ -81,7 +97,8 @@ class ScoreSettings:
 
     @property
     def kernels(self) -> Kernels:
-        """What the options may be made of. Graphs for accelerators hold float16, and only CPUs' kernels round inputs."""
+        """What the options may be made of. Graphs for accelerators hold float16, and only CPUs' kernels round
+        inputs."""
         cpu = self.provider == "cpu"
         return Kernels(floats="f32" if cpu else "f16", low_bit=not self.float_only, rounds_inputs=cpu)
 
@@ -131,10 +148,14 @@ def score_model(
     work = open_work(out, _work_key(model_hash, calibration, settings))
     progress.advance()
     lap("read")
-    matrices, nodes = export_skeleton(config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider)
+    matrices, nodes = export_skeleton(
+        config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider
+    )
     sources = find_sources(matrices, model)
     if settings.acip:
-        check_reachable([(source.unit.rows, source.unit.cols) for source in sources if source.unit.kind == "linear"], settings.acip)
+        check_reachable(
+            [(source.unit.rows, source.unit.cols) for source in sources if source.unit.kind == "linear"], settings.acip
+        )
     lap("skeleton")
     rankings = _rankings(model, sources, calibration, settings, work, progress) if settings.acip else {}
     if settings.acip:
@@ -162,7 +183,9 @@ def score_model(
         progress.warn(warning)
     progress.phase("measuring an 8-bit cache", 1)
     facts = cache_facts(ir.load(work / SKELETON_FOLDER / settings.provider / GRAPH_FILE).graph, settings.provider)
-    int8_cache, steps = score_cache(model, facts, calibration.windows[:_CACHE_WINDOWS], _half(heldout), Ledger(work / LEDGER_FILE))
+    int8_cache, steps = score_cache(
+        model, facts, calibration.windows[:_CACHE_WINDOWS], _half(heldout), Ledger(work / LEDGER_FILE)
+    )
     progress.advance()
     lap("cache")
     progress.phase("writing the map", 1)
@@ -173,8 +196,15 @@ def score_model(
         shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
         checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
-        reference |= {"heldout": heldout.numpy().astype("int32"), "heldout_nats": measured.token_nats.float().cpu().numpy()}
-        reference |= {scale_name(layer, role): step.numpy() for layer, pair in steps.items() for role, step in zip(CACHE_ROLES, pair, strict=True)}
+        reference |= {
+            "heldout": heldout.numpy().astype("int32"),
+            "heldout_nats": measured.token_nats.float().cpu().numpy(),
+        }
+        reference |= {
+            scale_name(layer, role): step.numpy()
+            for layer, pair in steps.items()
+            for role, step in zip(CACHE_ROLES, pair, strict=True)
+        }
         save_file(reference, staging / REFERENCE_FILE)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         genai = read_json(staging / SKELETON_FOLDER / settings.provider / "genai_config.json")
@@ -188,7 +218,9 @@ def score_model(
             float16_bytes=2 * parameters,
             max_context_tokens=int(config.max_position_embeddings),
         )
-        text = CalibrationIdentity(text=calibration.description, sha256=calibration.sha256, tokens=calibration.windows.numel())
+        text = CalibrationIdentity(
+            text=calibration.description, sha256=calibration.sha256, tokens=calibration.windows.numel()
+        )
         identity = MapIdentity(
             schema=SCHEMA,
             model=model_identity,
@@ -199,7 +231,11 @@ def score_model(
             anchors=measured.anchors,
             settings=asdict(settings),
             versions={name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
-            files={path.relative_to(staging).as_posix(): sha256_file(path) for path in sorted(staging.rglob("*")) if path.is_file()},
+            files={
+                path.relative_to(staging).as_posix(): sha256_file(path)
+                for path in sorted(staging.rglob("*"))
+                if path.is_file()
+            },
             int8_cache=int8_cache,
         )
         write_text(staging / IDENTITY_FILE, dump_json(identity.to_dict()))
@@ -207,7 +243,13 @@ def score_model(
     progress.advance()
     lap("write")
     taken = {phase: round(time_taken, 3) for phase, time_taken in seconds.items()}
-    return ScoreReport(identity=identity, nats_per_byte=per_byte, seconds=taken, peak_bytes=peak_bytes(), warnings=(warning,) if warning else ())
+    return ScoreReport(
+        identity=identity,
+        nats_per_byte=per_byte,
+        seconds=taken,
+        peak_bytes=peak_bytes(),
+        warnings=(warning,) if warning else (),
+    )
 
 
 def _half(windows: torch.Tensor) -> torch.Tensor:
@@ -221,19 +263,29 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.float32 if 2 * stored < psutil.virtual_memory().available // 2 else torch.bfloat16
 
 
-def map_differences(folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, calibration_paths: Sequence[Path]) -> list[str]:
+def map_differences(
+    folder: Path, checkpoint: Checkpoint, settings: ScoreSettings, calibration_paths: Sequence[Path]
+) -> list[str]:
     """In what the map in `folder` is not of these settings and this text; nothing where it need not be made again.
 
     ArtifactError when it is of another model.
     """
     identity = read_identity(folder)
     require_model(folder, identity, checkpoint.name, checkpoint.sha256())
-    calibration = load_calibration(calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed)
+    calibration = load_calibration(
+        calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed
+    )
     wanted = asdict(settings)
     names = sorted(wanted.keys() | identity.settings.keys())
-    found = [f"{name} {identity.settings.get(name)!r} in place of {wanted.get(name)!r}" for name in names if identity.settings.get(name) != wanted.get(name)]
+    found = [
+        f"{name} {identity.settings.get(name)!r} in place of {wanted.get(name)!r}"
+        for name in names
+        if identity.settings.get(name) != wanted.get(name)
+    ]
     # Other tokens or another seed choose other windows: a hash of its own says nothing more then.
-    if identity.calibration.text != calibration.description or (not found and identity.calibration.sha256 != calibration.sha256):
+    if identity.calibration.text != calibration.description or (
+        not found and identity.calibration.sha256 != calibration.sha256
+    ):
         found.append(f"another calibration text, {identity.calibration.text}")
     return found
 
@@ -254,7 +306,12 @@ def _work_key(model_hash: str, calibration: Calibration, settings: ScoreSettings
 
 
 def _curvature(
-    model: torch.nn.Module, group: Sequence[Source], calibration: Calibration, settings: ScoreSettings, cache: Path, progress: Progress
+    model: torch.nn.Module,
+    group: Sequence[Source],
+    calibration: Calibration,
+    settings: ScoreSettings,
+    cache: Path,
+    progress: Progress,
 ) -> dict[str, Curvature]:
     if cache.is_file():
         return load_curvature(cache, [source.unit.name for source in group], next(model.parameters()).device)
@@ -266,18 +323,32 @@ def _curvature(
         progress.advance(count - done)
         done = count
 
-    curvature = collect(model, group, calibration.windows, seed=settings.seed, batch=1, sampled=settings.sampled_labels, progress=advance)
+    curvature = collect(
+        model,
+        group,
+        calibration.windows,
+        seed=settings.seed,
+        batch=1,
+        sampled=settings.sampled_labels,
+        progress=advance,
+    )
     for name, item in curvature.items():
         if not all(bool(torch.isfinite(matrix).all()) for pair in item.pairs for matrix in pair):
             raise CalibrationError(
-                f"{name}: its activations on the calibration text are not finite: the model overflows in float32 or the checkpoint is damaged"
+                f"{name}: its activations on the calibration text are not finite: the model overflows in float32 or "
+                f"the checkpoint is damaged"
             )
     save_curvature(cache, curvature)
     return curvature
 
 
 def _rankings(
-    model: torch.nn.Module, sources: Sequence[Source], calibration: Calibration, settings: ScoreSettings, work: Path, progress: Progress
+    model: torch.nn.Module,
+    sources: Sequence[Source],
+    calibration: Calibration,
+    settings: ScoreSettings,
+    work: Path,
+    progress: Progress,
 ) -> dict[str, Ranking]:
     """ACIP's ranking of every linear unit. Curvature comes first: it gives the directions that are trained."""
     assert settings.acip is not None
@@ -285,7 +356,9 @@ def _rankings(
     if all(options_path(work, source.unit).exists() for source in linear):
         return {}
     for number, group in enumerate(groups(sources)):
-        missing = [source for source in group if source.unit.kind == "linear" and not start_path(work, source.unit).exists()]
+        missing = [
+            source for source in group if source.unit.kind == "linear" and not start_path(work, source.unit).exists()
+        ]
         if missing:
             curvature = _curvature(model, group, calibration, settings, curvature_path(work, number), progress)
             progress.phase("taking layers apart", len(missing))
@@ -293,11 +366,27 @@ def _rankings(
                 prepare(work, source, model, curvature[source.unit.name], settings.acip)
                 progress.advance()
     adapt_whole = not settings.float_only
-    return learn(work, model, linear, calibration.windows, settings.acip, seed=settings.seed, adapt_whole=adapt_whole, progress=progress)
+    return learn(
+        work,
+        model,
+        linear,
+        calibration.windows,
+        settings.acip,
+        seed=settings.seed,
+        adapt_whole=adapt_whole,
+        progress=progress,
+    )
 
 
 @torch.no_grad()
-def _score(work: Path, source: Source, model: torch.nn.Module, curvature: Curvature, settings: ScoreSettings, ranking: Ranking | None) -> None:
+def _score(
+    work: Path,
+    source: Source,
+    model: torch.nn.Module,
+    curvature: Curvature,
+    settings: ScoreSettings,
+    ranking: Ranking | None,
+) -> None:
     """The options of one unit, made by the method that was asked for, into its file."""
     unit, weights = source.unit, source.weight(model)
     if ranking is None:
@@ -319,7 +408,12 @@ class _Measured:
 
 @torch.no_grad()
 def _measure(
-    work: Path, sources: Sequence[Source], model: torch.nn.Module, heldout: torch.Tensor, settings: ScoreSettings, progress: Progress
+    work: Path,
+    sources: Sequence[Source],
+    model: torch.nn.Module,
+    heldout: torch.Tensor,
+    settings: ScoreSettings,
+    progress: Progress,
 ) -> tuple[ScoreMap, _Measured]:
     """The map with its prices corrected by probes, and the curve through its anchors.
 
@@ -339,19 +433,28 @@ def _measure(
             with perturbed(model, sources, chosen, load, rounds_inputs=settings.kernels.rounds_inputs):
                 return observer.measure()
 
-        return ledger.recall(sha256_json({"windows": windows, "forms": {name: option.form.label for name, option in chosen.items()}}), measure)
+        return ledger.recall(
+            sha256_json({"windows": windows, "forms": {name: option.form.label for name, option in chosen.items()}}),
+            measure,
+        )
 
     bands, levels = 1 if settings.quick or settings.acip else 3, QUICK_ANCHOR_NATS if settings.quick else ANCHOR_NATS
     sets = probe_sets(units, options, bands)
     progress.phase("probing what perturbations cost", len(sets) + len(levels) + 2)
     observer, glance = Observer(model, heldout), Observer(model, _half(heldout))
     if not bool(torch.isfinite(observer.token_nats).all()):
-        raise CalibrationError("the model's loss on the held-out text is not finite: the model overflows or the checkpoint is damaged")
+        raise CalibrationError(
+            "the model's loss on the held-out text is not finite: the model overflows or the checkpoint is damaged"
+        )
     progress.advance()
     probes = []
     for kind, chosen in sets.items():
         divergence, _ = ask(glance, len(_half(heldout)), chosen)
-        probes.append(Probe(kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence))
+        probes.append(
+            Probe(
+                kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence
+            )
+        )
         progress.advance()
     scoremap = make_map(units, corrected(units, options, multipliers(probes), bands))
     anchors = []

@@ -21,14 +21,14 @@ import pytest
 from conftest import Pico
 from safetensors.numpy import load_file, save_file
 
-import packager.files
 import packager.graph.surgery
-import packager.store
-from packager.bars import Bars
-from packager.cli import main
-from packager.limits import run_limited
-from packager.scoremap import read_map
-from packager.store import read_header
+import packager.io.files
+import packager.io.safetensors_ranges
+from packager.cli.command import main
+from packager.cli.progress_bars import Bars
+from packager.io.safetensors_ranges import read_header
+from packager.runtime.limits import run_limited
+from packager.scoremap.model import read_map
 
 PROFILE = """\
 [device]
@@ -114,7 +114,9 @@ def names(folder: Path) -> list[str]:
 # The way through
 
 
-def test_every_architecture_from_model_to_valid_bundle(pico: Pico, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+def test_every_architecture_from_model_to_valid_bundle(
+    pico: Pico, maps: Callable[[str], Path], profile: Path, tmp_path: Path
+) -> None:
     folder, out = maps(pico.name), tmp_path / "out.bundle"
     budget = least_budget(folder, profile) + 40_000
     plan = succeed("plan", folder, "--profile", profile, "--budget", budget, "--json").json
@@ -130,20 +132,26 @@ def test_every_architecture_from_model_to_valid_bundle(pico: Pico, maps: Callabl
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_build_is_validated_and_says_so(name: str, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+def test_a_build_is_validated_and_says_so(
+    name: str, maps: Callable[[str], Path], profile: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.bundle"
     done = succeed("build", maps(name), "--profile", profile, "-o", out, "--json")
     assert done.json["report"]["passed"] is True
     assert names(tmp_path) == ["out.bundle"]
-    assert {"report.json", "report.html", "golden.safetensors", "check.py", "SHA256SUMS", "packager.json"} <= set(names(out))
+    assert {"report.json", "report.html", "golden.safetensors", "check.py", "SHA256SUMS", "packager.json"} <= set(
+        names(out)
+    )
     for line in (out / "SHA256SUMS").read_text().splitlines():
         digest, _, file = line.partition("  ")
-        assert packager.files.sha256_file(out / file) == digest
+        assert packager.io.files.sha256_file(out / file) == digest
     assert succeed("validate", out, "--json").json["passed"] is True
 
 
 @pytest.mark.parametrize("context", [48, 128])
-def test_a_context_shorter_than_a_calibration_window(context: int, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+def test_a_context_shorter_than_a_calibration_window(
+    context: int, maps: Callable[[str], Path], profile: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.bundle"
     done = succeed("build", maps("llama"), "--profile", profile, "--context", context, "-o", out, "--json")
     assert done.json["report"]["passed"] is True
@@ -151,14 +159,30 @@ def test_a_context_shorter_than_a_calibration_window(context: int, maps: Callabl
 
 
 @pytest.mark.parametrize("context", [48, 40, 49, 80])
-def test_a_sliding_window_about_as_long_as_the_context(context: int, maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+def test_a_sliding_window_about_as_long_as_the_context(
+    context: int, maps: Callable[[str], Path], profile: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.bundle"
-    done = succeed("build", maps("mistral"), "--profile", profile, "--context", context, "-o", out, "--json")  # its window is 48
+    done = succeed(
+        "build", maps("mistral"), "--profile", profile, "--context", context, "-o", out, "--json"
+    )  # its window is 48
     assert done.json["report"]["passed"] is True
 
 
-def test_pack_does_it_all_and_keeps_its_map(picos: Callable[[str], Pico], calibration_text: Path, profile: Path, tmp_path: Path) -> None:
-    arguments = ["pack", picos("llama").folder, "--profile", profile, "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+def test_pack_does_it_all_and_keeps_its_map(
+    picos: Callable[[str], Pico], calibration_text: Path, profile: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "pack",
+        picos("llama").folder,
+        "--profile",
+        profile,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+    ]
     first = succeed(*arguments, "-o", tmp_path / "one.bundle", "--json")
     assert first.json["report"]["passed"] is True
     assert names(tmp_path) == ["one.bundle", "pico-llama.map"]
@@ -233,7 +257,11 @@ def test_scores_and_bundles_are_the_same_bytes(
     for name in ("one", "two"):
         succeed("build", again, "--profile", profile, "-o", tmp_path / name, "--no-validate")
     built = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()}
-    assert [name for name in sorted(built) if (tmp_path / "one" / name).read_bytes() != (tmp_path / "two" / name).read_bytes()] == []
+    assert [
+        name
+        for name in sorted(built)
+        if (tmp_path / "one" / name).read_bytes() != (tmp_path / "two" / name).read_bytes()
+    ] == []
 
 
 # Exit codes
@@ -242,15 +270,21 @@ def test_scores_and_bundles_are_the_same_bytes(
 def test_a_size_that_is_none_is_a_usage_error(maps: Callable[[str], Path], profile: Path) -> None:
     done = packager_("plan", maps("llama"), "--profile", profile, "--budget", "12 parsecs")
     assert done.code == 2
-    assert done.err == "packager: '12 parsecs' is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%\n"
+    assert done.err == (
+        "packager: '12 parsecs' is not a size: expected bytes, a unit such as 700MB or 1.5GiB, or a share such as 60%\n"
+    )
 
 
-@pytest.mark.parametrize("arguments", [["plan"], ["frobnicate"], [], ["plan", "x", "--profile", "y", "--context", "many"]])
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["frobnicate"], [], ["plan", "x", "--profile", "y", "--context", "many"]]
+)
 def test_argparse_errors_are_usage_errors(arguments: list[str]) -> None:
     assert packager_(*arguments).code == 2
 
 
-def test_an_infeasible_budget_is_4_and_says_the_minimum(maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
+def test_an_infeasible_budget_is_4_and_says_the_minimum(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path
+) -> None:
     for verb, extra in (("plan", []), ("build", ["-o", tmp_path / "out.bundle"])):
         done = packager_(verb, maps("llama"), "--profile", profile, "--budget", "100MiB", "--json", *extra)
         assert done.code == 4
@@ -277,7 +311,9 @@ def test_what_would_fit_is_said_and_fits(maps: Callable[[str], Path], profile: P
 
 
 @pytest.mark.parametrize("size", ["1100MB", "1.5GiB", "2GB", 2**30 + 1])
-def test_a_budget_above_the_device_s_memory_is_a_usage_error(maps: Callable[[str], Path], profile: Path, size: object) -> None:
+def test_a_budget_above_the_device_s_memory_is_a_usage_error(
+    maps: Callable[[str], Path], profile: Path, size: object
+) -> None:
     done = packager_("plan", maps("llama"), "--profile", profile, "--budget", size)
     assert done.code == 2
     assert done.err.endswith(" is more than the 1.0 GiB that pico-box has\n")
@@ -285,16 +321,32 @@ def test_a_budget_above_the_device_s_memory_is_a_usage_error(maps: Callable[[str
 
 
 @pytest.mark.parametrize(
-    ("size", "bytes_"), [("600MB", 600_000_000), ("600 MiB", 600 * 2**20), ("1GB", 10**9), ("0.75GiB", 3 * 2**28), ("60%", 2**30 * 6 // 10)]
+    ("size", "bytes_"),
+    [
+        ("600MB", 600_000_000),
+        ("600 MiB", 600 * 2**20),
+        ("1GB", 10**9),
+        ("0.75GiB", 3 * 2**28),
+        ("60%", 2**30 * 6 // 10),
+    ],
 )
 def test_sizes_of_a_budget(maps: Callable[[str], Path], profile: Path, size: str, bytes_: int) -> None:
-    assert succeed("plan", maps("llama"), "--profile", profile, "--budget", size, "--json").json["budget_bytes"] == bytes_
+    assert (
+        succeed("plan", maps("llama"), "--profile", profile, "--budget", size, "--json").json["budget_bytes"] == bytes_
+    )
 
 
 def test_context_auto_offers_a_frontier_and_builds_its_first(maps: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "box.toml"
     path.write_text(PROFILE.replace("tokens = 512", "tokens = 512\nminimum = 128"))
-    auto = ["--profile", path, "--context", "auto", "--budget", least_budget(maps("llama"), path, "--context", 128) + 60_000]
+    auto = [
+        "--profile",
+        path,
+        "--context",
+        "auto",
+        "--budget",
+        least_budget(maps("llama"), path, "--context", 128) + 60_000,
+    ]
     done = succeed("plan", maps("llama"), *auto, "--json", "-o", tmp_path / "plan.json").json
     frontier = done["frontier"]
     assert len(frontier) > 2
@@ -304,11 +356,17 @@ def test_context_auto_offers_a_frontier_and_builds_its_first(maps: Callable[[str
     assert [line.split()[0] for line in text[-len(frontier) :]] == [str(row["context_tokens"]) for row in frontier]
     assert [line.endswith("  taken") for line in text[-len(frontier) :]] == [True] + [False] * (len(frontier) - 1)
     built = succeed("build", maps("llama"), *auto, "-o", tmp_path / "out.bundle", "--no-validate", "--json").json
-    assert built["plan"] == {key: value for key, value in done.items() if key != "frontier"} == json.loads((tmp_path / "plan.json").read_text())
+    assert (
+        built["plan"]
+        == {key: value for key, value in done.items() if key != "frontier"}
+        == json.loads((tmp_path / "plan.json").read_text())
+    )
 
 
 @pytest.mark.parametrize("context", [0, 32, 1025, -5])
-def test_a_context_the_model_does_not_have_is_a_usage_error(maps: Callable[[str], Path], profile: Path, context: int) -> None:
+def test_a_context_the_model_does_not_have_is_a_usage_error(
+    maps: Callable[[str], Path], profile: Path, context: int
+) -> None:
     done = packager_("plan", maps("llama"), "--profile", profile, "--context", context)
     assert done.code == 2
     assert done.err == f"packager: context {context} tokens: expected more than 32 and at most 1024, the model's own\n"
@@ -319,13 +377,26 @@ def test_an_existing_target_needs_force(
 ) -> None:
     bundle, folder = tmp_path / "out.bundle", tmp_path / "out.map"
     build = ["build", maps("llama"), "--profile", profile, "-o", bundle, "--no-validate"]
-    score = ["score", picos("llama").folder, "-o", folder, "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+    score = [
+        "score",
+        picos("llama").folder,
+        "-o",
+        folder,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+    ]
     for command, target in ((build, bundle), (score, folder)):
         succeed(*command)
         before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
         done = packager_(*command)
         assert done.code == 1
-        assert done.err.splitlines()[-1] == f"packager: {target} exists already: choose another name, or pass --force to replace it"
+        assert (
+            done.err.splitlines()[-1]
+            == f"packager: {target} exists already: choose another name, or pass --force to replace it"
+        )
         assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
         succeed(*command, "--force")
     assert names(tmp_path) == ["out.bundle", "out.map"]
@@ -358,7 +429,17 @@ def damage(path: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize("verb", ["validate", "run", "inspect"])
-@pytest.mark.parametrize("file", ["onnx/model_q4.onnx_data", "onnx/model_q4.onnx", "tokenizer.json", "genai_config.json", "reference.safetensors", "check.py"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "onnx/model_q4.onnx_data",
+        "onnx/model_q4.onnx",
+        "tokenizer.json",
+        "genai_config.json",
+        "reference.safetensors",
+        "check.py",
+    ],
+)
 def test_one_changed_byte_is_found(bundle_copy: Path, file: str, verb: str) -> None:
     damage(bundle_copy / file, (bundle_copy / file).stat().st_size // 2)
     done = packager_(verb, bundle_copy, *(["--prompt", "x"] if verb == "run" else []))
@@ -370,7 +451,10 @@ def test_one_changed_byte_is_found(bundle_copy: Path, file: str, verb: str) -> N
 def test_a_missing_file_is_found(bundle_copy: Path) -> None:
     (bundle_copy / "tokenizer.json").unlink()
     done = packager_("validate", bundle_copy)
-    assert (done.code, done.err) == (1, f"packager: {bundle_copy / 'tokenizer.json'} is missing: the bundle is incomplete, build it again\n")
+    assert (done.code, done.err) == (
+        1,
+        f"packager: {bundle_copy / 'tokenizer.json'} is missing: the bundle is incomplete, build it again\n",
+    )
 
 
 def test_a_link_in_the_place_of_a_file_is_refused(bundle_copy: Path, bundle: Path) -> None:
@@ -388,7 +472,7 @@ def edited(change: Callable[[Any], None], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(packager.files.dump_json(value))
+    path.write_text(packager.io.files.dump_json(value))
 
 
 def resign(bundle: Path) -> None:
@@ -396,10 +480,12 @@ def resign(bundle: Path) -> None:
     path = bundle / "packager.json"
     manifest = json.loads(path.read_text())
     if "files" in manifest:
-        manifest["bundle_sha256"] = packager.files.sha256_json(manifest["files"])
+        manifest["bundle_sha256"] = packager.io.files.sha256_json(manifest["files"])
     write_json(path, manifest)
     sums = [line for line in (bundle / "SHA256SUMS").read_text().splitlines() if not line.endswith("  packager.json")]
-    (bundle / "SHA256SUMS").write_text("".join(f"{line}\n" for line in [*sums, f"{packager.files.sha256_file(path)}  packager.json"]))
+    (bundle / "SHA256SUMS").write_text(
+        "".join(f"{line}\n" for line in [*sums, f"{packager.io.files.sha256_file(path)}  packager.json"])
+    )
 
 
 MALFORMED: dict[str, Callable[[Any], None]] = {
@@ -409,7 +495,9 @@ MALFORMED: dict[str, Callable[[Any], None]] = {
     "a path outside": lambda manifest: manifest["files"][0].update(path="../x"),
     "a path a number": lambda manifest: manifest["files"][0].update(path=3),
     "a size a text": lambda manifest: manifest["files"][0].update(bytes="3"),
-    "no graph": lambda manifest: manifest.update(files=[entry for entry in manifest["files"] if entry["role"] != "graph"]),
+    "no graph": lambda manifest: manifest.update(
+        files=[entry for entry in manifest["files"] if entry["role"] != "graph"]
+    ),
     "no files at all": lambda manifest: manifest.update(files=[]),
     "another schema": lambda manifest: manifest.update(schema=99),
     "no bounds": lambda manifest: manifest.pop("bounds"),
@@ -443,7 +531,9 @@ def test_a_file_taken_out_of_the_manifest_is_found(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.2, 0.3, 0.6, 0.9])
-def test_a_map_with_one_changed_byte_makes_no_plan(maps: Callable[[str], Path], profile: Path, tmp_path: Path, share: float) -> None:
+def test_a_map_with_one_changed_byte_makes_no_plan(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path, share: float
+) -> None:
     folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
     file = folder / "scoremap.safetensors"
     damage(file, int(file.stat().st_size * share))
@@ -453,8 +543,12 @@ def test_a_map_with_one_changed_byte_makes_no_plan(maps: Callable[[str], Path], 
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("file", ["store.safetensors", "reference.safetensors", "skeleton/cpu/graph.onnx", "model/tokenizer.json"])
-def test_a_map_with_a_changed_file_makes_no_bundle(maps: Callable[[str], Path], profile: Path, tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["store.safetensors", "reference.safetensors", "skeleton/cpu/graph.onnx", "model/tokenizer.json"]
+)
+def test_a_map_with_a_changed_file_makes_no_bundle(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path, file: str
+) -> None:
     folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
     position = -5
     if file == "store.safetensors":
@@ -467,7 +561,9 @@ def test_a_map_with_a_changed_file_makes_no_bundle(maps: Callable[[str], Path], 
 
 
 @pytest.mark.parametrize("key", ["model", "geometry", "losses", "files", "calibration"])
-def test_a_map_whose_identity_lacks_something_is_refused(maps: Callable[[str], Path], profile: Path, tmp_path: Path, key: str) -> None:
+def test_a_map_whose_identity_lacks_something_is_refused(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path, key: str
+) -> None:
     folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
     edited(lambda identity: identity.pop(key), folder / "map.json")
     done = packager_("build", folder, "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate")
@@ -479,14 +575,17 @@ def test_a_map_of_a_later_version_is_refused(maps: Callable[[str], Path], profil
     folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
     edited(lambda identity: identity.update(schema=99), folder / "map.json")
     done = packager_("plan", folder, "--profile", profile)
-    assert (done.code, done.err) == (1, f"packager: {folder / 'map.json'} has schema 99, this version reads 2: score the model again\n")
+    assert (done.code, done.err) == (
+        1,
+        f"packager: {folder / 'map.json'} has schema 99, this version reads 2: score the model again\n",
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not say what a process has mapped")
 def test_the_reference_holds_on_to_no_file_of_the_bundle(bundle_copy: Path) -> None:
     """A bundle may be large: once its weights are made into the reference, its file is let go of."""
-    from packager.bundle import open_bundle
-    from packager.reference import load_reference
+    from packager.bundle.writer import open_bundle
+    from packager.validation.reference import load_reference
 
     held = load_reference(bundle_copy, open_bundle(bundle_copy))
     assert held.heldout.numel()
@@ -499,8 +598,8 @@ def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
     golden = bundle_copy / "golden.safetensors"
     if not golden.is_file():
         # A bundle built without validation has no golden file of its own: give it one of other logits.
-        from packager.bundle import open_bundle
-        from packager.reference import load_reference, write_golden
+        from packager.bundle.writer import open_bundle
+        from packager.validation.reference import load_reference, write_golden
 
         write_golden(load_reference(bundle_copy, open_bundle(bundle_copy)), golden, context_tokens=512)
     tensors = load_file(golden)
@@ -510,7 +609,12 @@ def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
     save_file(tensors, golden)
 
     def admit(manifest: Any) -> None:
-        entry = {"path": "golden.safetensors", "role": "golden", "bytes": golden.stat().st_size, "sha256": packager.files.sha256_file(golden)}
+        entry = {
+            "path": "golden.safetensors",
+            "role": "golden",
+            "bytes": golden.stat().st_size,
+            "sha256": packager.io.files.sha256_file(golden),
+        }
         manifest["files"] = [item for item in manifest["files"] if item["path"] != "golden.safetensors"] + [entry]
 
     edited(admit, bundle_copy / "packager.json")
@@ -534,21 +638,31 @@ def acceptance(done: Done) -> Any:
     return next(check for check in done.json["checks"] if check["name"] == "acceptance test on the runtime")
 
 
-def test_without_cgroups_the_limit_is_not_enforced_and_the_report_says_so(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("packager.limits._ROOT", tmp_path / "nowhere")
+def test_without_cgroups_the_limit_is_not_enforced_and_the_report_says_so(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("packager.runtime.limits._ROOT", tmp_path / "nowhere")
     monkeypatch.setattr("shutil.which", lambda name: None)
     done = succeed("validate", bundle_copy, "--json")
     assert done.json["enforced_by"] is None
-    assert next(check["value"] for check in done.json["checks"] if check["name"] == "hard limit during the test") == "not enforced"
-    assert "memory limit: not enforced, this system offers no cgroup to this user" in succeed("validate", bundle_copy).out
+    assert (
+        next(check["value"] for check in done.json["checks"] if check["name"] == "hard limit during the test")
+        == "not enforced"
+    )
+    assert (
+        "memory limit: not enforced, this system offers no cgroup to this user" in succeed("validate", bundle_copy).out
+    )
 
 
-@pytest.mark.skipif(run_limited(["true"], 2**30).enforced is None, reason="this system offers no memory limit to this user")
+@pytest.mark.skipif(
+    run_limited(["true"], 2**30).enforced is None, reason="this system offers no memory limit to this user"
+)
 def test_a_limit_that_kills_is_reported_with_the_phase_reached(bundle_copy: Path) -> None:
     done = packager_("validate", with_budget(bundle_copy, 24 * 2**20), "--json")
     assert done.code == 3, done.err
     assert re.fullmatch(
-        r"was killed at the memory limit \((cgroup v2|cgroup v1|systemd scope)\) in phase '(start|hashes|import|load)'", acceptance(done)["value"]
+        r"was killed at the memory limit \((cgroup v2|cgroup v1|systemd scope)\) in phase '(start|hashes|import|load)'",
+        acceptance(done)["value"],
     )
     assert done.json["measured"]["heldout_nats"] > 0  # what the runtime computes is still known
     assert "NOT VALID" in packager_("validate", bundle_copy).out
@@ -558,14 +672,25 @@ def test_a_limit_that_kills_is_reported_with_the_phase_reached(bundle_copy: Path
     ("ending", "expected"),
     [
         pytest.param("import os; os.kill(os.getpid(), 11)", "crashed (SIGSEGV) in phase 'load'", id="crash"),
-        pytest.param("raise SystemExit('no such operator')", "ended with status 1 in phase 'load': no such operator", id="refusal"),
+        pytest.param(
+            "raise SystemExit('no such operator')",
+            "ended with status 1 in phase 'load': no such operator",
+            id="refusal",
+        ),
     ],
 )
-def test_a_runtime_that_fails_is_a_row_of_the_report(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, ending: str, expected: str) -> None:
+def test_a_runtime_that_fails_is_a_row_of_the_report(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, ending: str, expected: str
+) -> None:
     """And is not let into this process."""
     code = f"import sys; print('phase: load', file=sys.stderr, flush=True); {ending}"
-    monkeypatch.setattr("packager.validate.run_limited", lambda command, limit: run_limited([sys.executable, "-c", code], limit))
-    monkeypatch.setattr("packager.runtime.full_logits_session", Stop(1, AssertionError("the runtime was let in")))
+    monkeypatch.setattr(
+        "packager.validation.validate.run_limited",
+        lambda command, limit: run_limited([sys.executable, "-c", code], limit),
+    )
+    monkeypatch.setattr(
+        "packager.runtime.sessions.full_logits_session", Stop(1, AssertionError("the runtime was let in"))
+    )
     done = packager_("validate", bundle_copy, "--json")
     assert done.code == 3, done.err
     assert acceptance(done)["value"] == expected
@@ -575,7 +700,10 @@ def test_a_runtime_that_fails_is_a_row_of_the_report(bundle_copy: Path, monkeypa
 def test_a_build_whose_runtime_crashes_is_published_as_not_valid(
     maps: Callable[[str], Path], profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("packager.validate.run_limited", lambda command, limit: run_limited([sys.executable, "-c", "import os; os.abort()"], limit))
+    monkeypatch.setattr(
+        "packager.validation.validate.run_limited",
+        lambda command, limit: run_limited([sys.executable, "-c", "import os; os.abort()"], limit),
+    )
     done = packager_("build", maps("llama"), "--profile", profile, "-o", tmp_path / "out.bundle")
     assert done.code == 3
     assert "crashed (SIGABRT) in phase 'start'" in done.out
@@ -609,7 +737,7 @@ def test_a_graph_that_computes_otherwise_fails_validation(
     def admit(manifest: Any) -> None:
         for entry in manifest["files"]:
             if entry["role"] == "graph":
-                entry.update(bytes=graph.stat().st_size, sha256=packager.files.sha256_file(graph))
+                entry.update(bytes=graph.stat().st_size, sha256=packager.io.files.sha256_file(graph))
 
     edited(admit, out / "packager.json")
     resign(out)
@@ -637,7 +765,9 @@ def staged(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3, 4, 6, 9])
-def test_ctrl_c_while_building_leaves_nothing(maps: Callable[[str], Path], profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+def test_ctrl_c_while_building_leaves_nothing(
+    maps: Callable[[str], Path], profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
     stop = Stop(moment, KeyboardInterrupt())
     monkeypatch.setattr(Bars, "phase", stop)
     monkeypatch.setattr(Bars, "advance", stop)
@@ -649,10 +779,25 @@ def test_ctrl_c_while_building_leaves_nothing(maps: Callable[[str], Path], profi
 
 @pytest.mark.parametrize("moment", [1, 2, 4, 9, 25])
 def test_ctrl_c_while_scoring_leaves_nothing_under_the_name_and_resumes(
-    picos: Callable[[str], Pico], maps: Callable[[str], Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+    picos: Callable[[str], Pico],
+    maps: Callable[[str], Path],
+    calibration_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: int,
 ) -> None:
     out = tmp_path / "out.map"
-    command = ["score", picos("llama").folder, "-o", out, "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+    command = [
+        "score",
+        picos("llama").folder,
+        "-o",
+        out,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+    ]
     stop = Stop(moment, KeyboardInterrupt())
     with monkeypatch.context() as patch:
         patch.setattr(Bars, "phase", stop)
@@ -667,10 +812,15 @@ def test_ctrl_c_while_scoring_leaves_nothing_under_the_name_and_resumes(
     assert read_map(out) == read_map(maps("llama"))
 
 
-def test_ctrl_c_keeps_the_old_bundle(bundle_copy: Path, maps: Callable[[str], Path], profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_the_old_bundle(
+    bundle_copy: Path, maps: Callable[[str], Path], profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle_copy.rglob("*")}
     monkeypatch.setattr(Bars, "advance", Stop(1, KeyboardInterrupt()))
-    assert packager_("build", maps("llama"), "--profile", profile, "-o", bundle_copy, "--no-validate", "--force").code == 130
+    assert (
+        packager_("build", maps("llama"), "--profile", profile, "-o", bundle_copy, "--no-validate", "--force").code
+        == 130
+    )
     assert {path: path.stat().st_mtime_ns for path in bundle_copy.rglob("*")} == before
     assert names(bundle_copy.parent) == ["copy.bundle"]
 
@@ -705,12 +855,29 @@ def test_a_full_disk_while_building_leaves_nothing(
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("where", ["_pieces", "fsync", "save_file"])
 def test_a_full_disk_while_scoring_leaves_nothing_under_the_name(
-    picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, count: int
+    picos: Callable[[str], Pico],
+    calibration_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    count: int,
 ) -> None:
-    import packager.scoring.work
+    import packager.scoring.workspace
 
-    owner: Any = {"_pieces": packager.store, "fsync": os, "save_file": packager.scoring.work}[where]
-    command = ["score", picos("llama").folder, "-o", tmp_path / "out.map", "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+    owner: Any = {"_pieces": packager.io.safetensors_ranges, "fsync": os, "save_file": packager.scoring.workspace}[
+        where
+    ]
+    command = [
+        "score",
+        picos("llama").folder,
+        "-o",
+        tmp_path / "out.map",
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, full_after(count, getattr(owner, where)))
         done = packager_(*command)

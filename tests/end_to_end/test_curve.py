@@ -13,11 +13,11 @@ import pytest
 from conftest import random_text
 from test_cli import names, packager_, succeed
 
-from packager.files import dump_json
-from packager.plan import load_map, plan_file_bytes
+from packager.io.files import dump_json
+from packager.io.safetensors_ranges import read_header
+from packager.planning.plan import load_map, plan_file_bytes
+from packager.planning.size_curve import evenly
 from packager.profile import load_profile
-from packager.store import read_header
-from packager.sweep import evenly
 
 
 def test_thirty_sizes_are_predicted_from_the_map_alone(maps: Callable[[str], Path], tmp_path: Path) -> None:
@@ -31,18 +31,37 @@ def test_thirty_sizes_are_predicted_from_the_map_alone(maps: Callable[[str], Pat
     loaded = load_map(maps("llama"))
     for point in found["points"]:
         assert point["measured"] is None
-        assert point["predicted_nats"] == plan_file_bytes(loaded, load_profile("laptop-16gb"), point["limit_bytes"]).loss_nats
+        assert (
+            point["predicted_nats"]
+            == plan_file_bytes(loaded, load_profile("laptop-16gb"), point["limit_bytes"]).loss_nats
+        )
     text = succeed("curve", alone).out
     assert len(text.splitlines()) == len(found["points"]) + 3
     assert f"{found['points'][7]['file_bytes']:,}" in text
 
 
 def test_a_device_bounds_peak_memory(maps: Callable[[str], Path]) -> None:
-    found = succeed("curve", maps("llama"), "--profile", "edge-box-256mb", "--context", 128, "--sizes", 6, "--json").json
+    found = succeed(
+        "curve", maps("llama"), "--profile", "edge-box-256mb", "--context", 128, "--sizes", 6, "--json"
+    ).json
     assert (found["bounded"], found["profile"], found["context_tokens"]) == ("peak memory", "edge-box-256mb", 128)
     for point in found["points"]:
-        plan = succeed("plan", maps("llama"), "--profile", "edge-box-256mb", "--context", 128, "--budget", point["limit_bytes"], "--json").json
-        assert (plan["file_bytes"], plan["loss_nats"], plan["peak_bytes"]) == (point["file_bytes"], point["predicted_nats"], point["peak_bytes"])
+        plan = succeed(
+            "plan",
+            maps("llama"),
+            "--profile",
+            "edge-box-256mb",
+            "--context",
+            128,
+            "--budget",
+            point["limit_bytes"],
+            "--json",
+        ).json
+        assert (plan["file_bytes"], plan["loss_nats"], plan["peak_bytes"]) == (
+            point["file_bytes"],
+            point["predicted_nats"],
+            point["peak_bytes"],
+        )
 
 
 def test_sizes_are_measured_on_the_held_out_windows(maps: Callable[[str], Path], tmp_path: Path) -> None:
@@ -59,7 +78,9 @@ def test_sizes_are_measured_on_the_held_out_windows(maps: Callable[[str], Path],
     assert found["measurement"]["monotone"] is True
     assert found["measurement"]["text"] == "held-out windows of text.txt"
     # The same size, as a build of its own measures it.
-    report = succeed("build", maps("taught"), "--profile", "laptop-16gb", "--context", 512, "-o", tmp_path / "out.bundle", "--json").json["report"]
+    report = succeed(
+        "build", maps("taught"), "--profile", "laptop-16gb", "--context", 512, "-o", tmp_path / "out.bundle", "--json"
+    ).json["report"]
     source = next(check["value"] for check in report["checks"] if check["name"] == "held-out loss, source model")
     assert found["measurement"]["source_nats"] == pytest.approx(source, abs=1e-6)
     assert report["measured"]["loss_nats"] == pytest.approx(most["rise_nats"], abs=1e-4)
@@ -70,16 +91,40 @@ def test_sizes_are_measured_on_a_text(maps: Callable[[str], Path], tmp_path: Pat
     path.write_text(random_text(2, 1500))
     done = succeed("curve", maps("taught"), "--sizes", 5, "--measure", 3, "--text", path, "--windows", 2)
     assert "measured on ONNX Runtime: mine.txt, 2 windows, 1,022 tokens; source" in done.out
-    found = succeed("curve", maps("taught"), "--sizes", 5, "--text", path, "--windows", 2, "--profile", "edge-box-256mb", "--context", 100, "--json").json
-    assert found["measurement"] | {"source_nats": 0} == {"text": "mine.txt", "windows": 2, "tokens": 198, "source_nats": 0, "monotone": True}
-    assert all(point["measured"] is not None for point in found["points"])  # eight are asked for where no number is given
+    found = succeed(
+        "curve",
+        maps("taught"),
+        "--sizes",
+        5,
+        "--text",
+        path,
+        "--windows",
+        2,
+        "--profile",
+        "edge-box-256mb",
+        "--context",
+        100,
+        "--json",
+    ).json
+    assert found["measurement"] | {"source_nats": 0} == {
+        "text": "mine.txt",
+        "windows": 2,
+        "tokens": 198,
+        "source_nats": 0,
+        "monotone": True,
+    }
+    assert all(
+        point["measured"] is not None for point in found["points"]
+    )  # eight are asked for where no number is given
     assert found["points"][-1]["measured"]["rise_nats"] == 0.0
     assert names(tmp_path) == ["mine.txt"]
 
 
-def test_a_curve_that_is_not_monotone_is_a_failed_check(maps: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_curve_that_is_not_monotone_is_a_failed_check(
+    maps: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Asks of every size that it cost far more than the next larger one.
-    monkeypatch.setattr("packager.sweep.MOST_NOISE", -1e9)
+    monkeypatch.setattr("packager.planning.size_curve.MOST_NOISE", -1e9)
     done = packager_("curve", maps("llama"), "--sizes", 4, "--measure", 2)
     assert done.code == 3
     assert "NOT MONOTONE" in done.out
@@ -98,12 +143,17 @@ def test_a_picture_of_each_kind(maps: Callable[[str], Path], tmp_path: Path) -> 
     assert names(tmp_path) == ["a.png", "a.svg", "b.SVG", "c.svg"]
 
 
-def test_a_picture_needs_matplotlib_and_says_so_first(maps: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_needs_matplotlib_and_says_so_first(
+    maps: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = tmp_path / "a.png"
     done = packager_("curve", maps("llama"), "-o", out, "--measure")
     assert done.code == 2
-    assert done.err == f"packager: {out} cannot be drawn without matplotlib: pip install 'edge-packager[plot]', or leave out -o and use --json\n"
+    assert done.err == (
+        f"packager: {out} cannot be drawn without matplotlib: pip install 'edge-packager[plot]', "
+        "or leave out -o and use --json\n"
+    )
     assert names(tmp_path) == []
     assert packager_("curve", maps("llama")).code == 0
 
@@ -116,11 +166,17 @@ def test_a_picture_needs_matplotlib_and_says_so_first(maps: Callable[[str], Path
         (["--measure", 1], 2, "1 sizes make no curve: expected at least 2"),
         (["--windows", 0, "--text", "x"], 2, "--windows 0: expected at least 1"),
         (["--profile", "toaster"], 1, None),
-        (["--profile", "laptop-16gb", "--context", 5], 2, "context 5 tokens: expected more than 32 and at most 1024, the model's own"),
+        (
+            ["--profile", "laptop-16gb", "--context", 5],
+            2,
+            "context 5 tokens: expected more than 32 and at most 1024, the model's own",
+        ),
         (["--text", "missing.txt"], 1, "text missing.txt does not exist"),
     ],
 )
-def test_what_cannot_be_asked_for(arguments: list[object], code: int, message: str | None, maps: Callable[[str], Path]) -> None:
+def test_what_cannot_be_asked_for(
+    arguments: list[object], code: int, message: str | None, maps: Callable[[str], Path]
+) -> None:
     done = packager_("curve", maps("llama"), *arguments)
     assert done.code == code
     assert done.err.count("\n") == 1
@@ -131,9 +187,15 @@ def test_a_text_too_short_and_a_device_too_small(maps: Callable[[str], Path], tm
     path = tmp_path / "short.txt"
     path.write_text("A few words.")
     done = packager_("curve", maps("llama"), "--text", path)
-    assert (done.code, done.err) == (1, f"packager: text {path} is too short: expected at least one window of 512 tokens\n")
+    assert (done.code, done.err) == (
+        1,
+        f"packager: text {path} is too short: expected at least one window of 512 tokens\n",
+    )
     small = tmp_path / "small.toml"
-    small.write_text('[device]\ndescription = "too small"\nmemory = "64MiB"\nbudget = "50%"\n\n[runtime]\n\n[context]\ntokens = 512\n')
+    small.write_text(
+        '[device]\ndescription = "too small"\nmemory = "64MiB"\nbudget = '
+        '"50%"\n\n[runtime]\n\n[context]\ntokens = 512\n'
+    )
     done = packager_("curve", maps("llama"), "--profile", small, "--json")
     assert done.code == 4
     assert done.json["budget_bytes"] == 64 << 20
@@ -141,7 +203,9 @@ def test_a_text_too_short_and_a_device_too_small(maps: Callable[[str], Path], tm
 
 def test_a_damaged_store_stops_a_measurement(maps: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(maps("llama"), tmp_path / "copy.map"))
-    position = next(tensor.region.offset for key, tensor in read_header(folder / "store.safetensors")[0].items() if "|f32|" in key)
+    position = next(
+        tensor.region.offset for key, tensor in read_header(folder / "store.safetensors")[0].items() if "|f32|" in key
+    )
     with (folder / "store.safetensors").open("r+b") as file:
         file.seek(position)
         file.write(b"\x01\x02\x03\x04")

@@ -12,16 +12,29 @@ import pytest
 from conftest import Pico, make_tokenizer, random_model
 from test_cli import Stop, least_budget, names, packager_, profile, succeed  # noqa: F401  the fixture `profile` is used by name
 
-from packager.bars import Bars
-from packager.bundle import GRAPH_FILE, open_bundle
-from packager.forms import FloatForm, LowRankForm, PivotForm, parse_form
-from packager.losses import token_losses
+from packager.bundle.writer import GRAPH_FILE, open_bundle
+from packager.cli.progress_bars import Bars
+from packager.forms.registry import FloatForm, LowRankForm, PivotForm, parse_form
 from packager.profile import profile_folder
-from packager.reference import load_reference
-from packager.runtime import full_logits_session, run_window
-from packager.scoremap import read_map
+from packager.runtime.sessions import full_logits_session, run_window
+from packager.scoremap.model import read_map
+from packager.scoring.losses import token_losses
+from packager.validation.reference import load_reference
 
-ACIP = ["--method", "acip", "--acip-steps", 24, "--acip-tokens", 96, "--acip-tuning", 4, "--acip-rank", 2, "--acip-rate", 5e-4]
+ACIP = [
+    "--method",
+    "acip",
+    "--acip-steps",
+    24,
+    "--acip-tokens",
+    96,
+    "--acip-tuning",
+    4,
+    "--acip-rank",
+    2,
+    "--acip-rate",
+    5e-4,
+]
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +70,20 @@ def built_at_half(folder: Path, device: Path, out: Path) -> tuple[dict[str, str]
 
 def built(folder: Path, device: Path, out: Path, more: int = 0) -> tuple[dict[str, str], dict[str, Any]]:
     """Build and validate a bundle `more` bytes larger than the map's smallest. Returns its forms and report."""
-    # In two verbs: a build that validates would use the memory that the profile's processes are said to take and do not.
-    done = succeed("build", folder, "--profile", device, "--budget", least_budget(folder, device) + more, "-o", out, "--json", "--no-validate")
+    # In two verbs: a build that validates would use the memory that the profile's processes are said to take and do
+    # not.
+    done = succeed(
+        "build",
+        folder,
+        "--profile",
+        device,
+        "--budget",
+        least_budget(folder, device) + more,
+        "-o",
+        out,
+        "--json",
+        "--no-validate",
+    )
     report = succeed("validate", out, "--json").json
     assert report["passed"] is True
     return done.json["plan"]["choices"], report
@@ -69,32 +94,78 @@ def test_a_device_without_low_bit_kernels_gets_low_rank(
     name: str, picos: Callable[[str], Pico], calibration_text: Path, float_profile: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "float.map"
-    succeed("score", picos(name).folder, "-o", folder, "--calibration", calibration_text, "--tokens", 2048, "--quick", "--float-only")
+    succeed(
+        "score",
+        picos(name).folder,
+        "-o",
+        folder,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+        "--float-only",
+    )
     forms = [option.form for chain in read_map(folder).options for option in chain]
     assert {type(form) for form in forms} == {FloatForm, PivotForm}
     assert all(isinstance(form, FloatForm) or form.factors == FloatForm(label="f32") for form in forms)  # type: ignore[union-attr]
     choices, report = built_at_half(folder, float_profile, tmp_path / "out.bundle")
     assert any(label.startswith("p") for label in choices.values())
-    assert abs(report["measured"]["heldout_nats"] - report["measured"]["torch_heldout_nats"]) < 1e-3, "float kernels do not round"
+    assert abs(report["measured"]["heldout_nats"] - report["measured"]["torch_heldout_nats"]) < 1e-3, (
+        "float kernels do not round"
+    )
 
 
-def test_pack_scores_for_the_kernels_of_the_profile(picos: Callable[[str], Pico], calibration_text: Path, float_profile: Path, tmp_path: Path) -> None:
-    arguments = ["pack", picos("llama").folder, "--profile", float_profile, "--calibration", calibration_text, "--tokens", 2048, "--quick"]
+def test_pack_scores_for_the_kernels_of_the_profile(
+    picos: Callable[[str], Pico], calibration_text: Path, float_profile: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "pack",
+        picos("llama").folder,
+        "--profile",
+        float_profile,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+    ]
     succeed(*arguments, "-o", tmp_path / "out.bundle", "--no-validate")
     identity = json.loads((tmp_path / "pico-llama.map" / "map.json").read_text())
     assert identity["settings"]["float_only"] is True
 
 
 @pytest.mark.parametrize("provider", ["dml", "cuda"])
-def test_an_accelerator_of_float16_alone_gets_low_rank_in_float16(provider: str, wide: Path, calibration_text: Path, tmp_path: Path) -> None:
-    """The graph is the accelerator's; what it computes is checked here, where the runtime puts casts around what it has no kernels for."""
+def test_an_accelerator_of_float16_alone_gets_low_rank_in_float16(
+    provider: str, wide: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    """The graph is the accelerator's; what it computes is checked here, where the runtime puts casts around what it has
+    no kernels for."""
     device, folder, out = tmp_path / "float16.toml", tmp_path / "float16.map", tmp_path / "out.bundle"
-    text = (profile_folder() / "float16-accelerator.toml").read_text().replace('"dml"', f'"{provider}"').replace("tokens = 2048", "tokens = 512")
+    text = (
+        (profile_folder() / "float16-accelerator.toml")
+        .read_text()
+        .replace('"dml"', f'"{provider}"')
+        .replace("tokens = 2048", "tokens = 512")
+    )
     device.write_text(text + "session_bytes_per_node = 0\n")
-    score = ["score", wide, "--calibration", calibration_text, "--tokens", 2048, "--quick", "--float-only", "--provider", provider]
+    score = [
+        "score",
+        wide,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+        "--float-only",
+        "--provider",
+        provider,
+    ]
     succeed(*score, "-o", folder)
     budget = least_budget(folder, device) + 100_000
-    plan = succeed("build", folder, "--profile", device, "--budget", budget, "-o", out, "--no-validate", "--json").json["plan"]
+    plan = succeed("build", folder, "--profile", device, "--budget", budget, "-o", out, "--no-validate", "--json").json[
+        "plan"
+    ]
     assert {label.rpartition(".")[2] for label in plan["choices"].values()} == {"f16"}
     assert any(label.startswith("p") for label in plan["choices"].values())
     torch_side = load_reference(out, open_bundle(out))
@@ -105,9 +176,21 @@ def test_an_accelerator_of_float16_alone_gets_low_rank_in_float16(provider: str,
     assert np.abs(found.astype(np.float32) - expected.numpy()).max() < 0.05 * float(expected.std())
 
 
-def test_acip_from_model_to_valid_bundle(picos: Callable[[str], Pico], calibration_text: Path, float_profile: Path, tmp_path: Path) -> None:
+def test_acip_from_model_to_valid_bundle(
+    picos: Callable[[str], Pico], calibration_text: Path, float_profile: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "acip.map"
-    command = ["score", picos("llama").folder, "--calibration", calibration_text, "--tokens", 2048, "--quick", *ACIP, "--float-only"]
+    command = [
+        "score",
+        picos("llama").folder,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+        *ACIP,
+        "--float-only",
+    ]
     succeed(*command, "-o", folder)
     assert json.loads((folder / "map.json").read_text())["settings"]["acip"]["adapter_rank"] == 2
     choices, report = built_at_half(folder, float_profile, tmp_path / "out.bundle")
@@ -124,7 +207,9 @@ def test_acip_with_low_bit_factors(wide: Path, calibration_text: Path, low_rank_
     assert any(label.startswith("r") for label in choices.values())
 
 
-def test_pivots_with_low_bit_factors(wide: Path, calibration_text: Path, low_rank_profile: Path, tmp_path: Path) -> None:
+def test_pivots_with_low_bit_factors(
+    wide: Path, calibration_text: Path, low_rank_profile: Path, tmp_path: Path
+) -> None:
     """The whole ladder of the curvature method: what the hulls keep is built at the smallest size."""
     folder = tmp_path / "full.map"
     succeed("score", wide, "--calibration", calibration_text, "--tokens", 2048, "-o", folder)
@@ -134,11 +219,24 @@ def test_pivots_with_low_bit_factors(wide: Path, calibration_text: Path, low_ran
 
 
 @pytest.mark.parametrize("moment", [5, 9, 30, 45])
-def test_acip_goes_on_after_ctrl_c(picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
-    command = ["score", picos("llama").folder, "--calibration", calibration_text, "--tokens", 2048, "--quick", *ACIP, "--float-only", "-o"]
+def test_acip_goes_on_after_ctrl_c(
+    picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    command = [
+        "score",
+        picos("llama").folder,
+        "--calibration",
+        calibration_text,
+        "--tokens",
+        2048,
+        "--quick",
+        *ACIP,
+        "--float-only",
+        "-o",
+    ]
     stop = Stop(moment, KeyboardInterrupt())
     with monkeypatch.context() as patch:
-        patch.setattr("packager.scoring.acip._SAVE_SECONDS", 0.0)
+        patch.setattr("packager.scoring.acip.training._SAVE_SECONDS", 0.0)
         patch.setattr(Bars, "phase", stop)
         patch.setattr(Bars, "advance", stop)
         assert packager_(*command, tmp_path / "one.map").code == 130
@@ -147,13 +245,27 @@ def test_acip_goes_on_after_ctrl_c(picos: Callable[[str], Pico], calibration_tex
     succeed(*command, tmp_path / "one.map")
     succeed(*command, tmp_path / "two.map")
     assert names(tmp_path) == ["one.map", "two.map"]
-    assert (tmp_path / "one.map" / "store.safetensors").read_bytes() == (tmp_path / "two.map" / "store.safetensors").read_bytes()
+    assert (tmp_path / "one.map" / "store.safetensors").read_bytes() == (
+        tmp_path / "two.map" / "store.safetensors"
+    ).read_bytes()
     assert read_map(tmp_path / "one.map") == read_map(tmp_path / "two.map")
 
 
-def test_an_unreachable_stop_ratio_is_said_before_anything_is_computed(picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path) -> None:
+def test_an_unreachable_stop_ratio_is_said_before_anything_is_computed(
+    picos: Callable[[str], Pico], calibration_text: Path, tmp_path: Path
+) -> None:
     done = packager_(
-        "score", picos("llama").folder, "--calibration", calibration_text, "--method", "acip", "--acip-stop", 0.3, "-o", tmp_path / "x.map", "--json"
+        "score",
+        picos("llama").folder,
+        "--calibration",
+        calibration_text,
+        "--method",
+        "acip",
+        "--acip-stop",
+        0.3,
+        "-o",
+        tmp_path / "x.map",
+        "--json",
     )
     assert done.code == 2
     assert "adapters of rank 32 alone keep 0.881 of the layers' elements" in done.json["message"]
@@ -161,4 +273,7 @@ def test_an_unreachable_stop_ratio_is_said_before_anything_is_computed(picos: Ca
 
 def test_settings_of_acip_need_acip(picos: Callable[[str], Pico], tmp_path: Path) -> None:
     done = packager_("score", picos("llama").folder, "--acip-steps", 10, "-o", tmp_path / "x.map")
-    assert (done.code, done.err) == (2, "packager: the --acip-… settings are of another method: add --method acip, or leave them out\n")
+    assert (done.code, done.err) == (
+        2,
+        "packager: the --acip-… settings are of another method: add --method acip, or leave them out\n",
+    )

@@ -12,22 +12,37 @@ from conftest import Pico
 from test_cli import least_budget, packager_, succeed
 from test_cli import profile as profile  # a fixture
 
-from packager.bundle import GRAPH_FILE
+from packager.bundle.writer import GRAPH_FILE
 
 
 def scales_of(bundle: Path) -> dict[str, np.ndarray]:
     graph = ir.load(bundle / GRAPH_FILE).graph
-    return {name: value.const_value.numpy() for name, value in graph.initializers.items() if name.endswith(".scales") and value.const_value is not None}
+    return {
+        name: value.const_value.numpy()
+        for name, value in graph.initializers.items()
+        if name.endswith(".scales") and value.const_value is not None
+    }
 
 
 def test_a_polished_bundle_differs_in_scales_alone_and_is_valid(
     taught: Pico, maps: Callable[[str], Path], calibration_text: Path, profile: Path, tmp_path: Path
 ) -> None:
     folder, plain, polished = maps("taught"), tmp_path / "plain.bundle", tmp_path / "polished.bundle"
-    common = ("build", folder, "--profile", profile, "--budget", least_budget(folder, profile) + 6_000, "--no-validate", "--json")
+    common = (
+        "build",
+        folder,
+        "--profile",
+        profile,
+        "--budget",
+        least_budget(folder, profile) + 6_000,
+        "--no-validate",
+        "--json",
+    )
     first = succeed(*common, "-o", plain).json
     assert first["polish"] is None
-    done = succeed(*common, "-o", polished, "--polish", 0.08, "--model", taught.folder, "--calibration", calibration_text)
+    done = succeed(
+        *common, "-o", polished, "--polish", 0.08, "--model", taught.folder, "--calibration", calibration_text
+    )
     assert done.json["plan"] == first["plan"]
     assert succeed("validate", polished, "--json").json["passed"] is True
     said = done.json["polish"]
@@ -42,8 +57,19 @@ def test_a_polished_bundle_differs_in_scales_alone_and_is_valid(
     assert (plain / f"{GRAPH_FILE}_data").stat().st_size == (polished / f"{GRAPH_FILE}_data").stat().st_size
 
 
-def test_polish_needs_the_map_s_own_model(taught: Pico, picos: Callable[[str], Pico], maps: Callable[[str], Path], profile: Path, tmp_path: Path) -> None:
-    arguments = ("build", maps("taught"), "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate", "--polish")
+def test_polish_needs_the_map_s_own_model(
+    taught: Pico, picos: Callable[[str], Pico], maps: Callable[[str], Path], profile: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "build",
+        maps("taught"),
+        "--profile",
+        profile,
+        "-o",
+        tmp_path / "out.bundle",
+        "--no-validate",
+        "--polish",
+    )
     done = packager_(*arguments)
     assert (done.code, "--model FOLDER" in done.err) == (2, True), done.err
     assert packager_(*arguments, "-1", "--model", taught.folder).code == 2

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms import LowRankForm, parse_form
-from packager.scoremap import Option, ScoreMap, Unit, hull, make_map, restricted, reweighed
-from packager.solver import Solution, choice_at, solve, total_bytes, total_loss
+from packager.forms.registry import LowRankForm, parse_form
+from packager.planning.solver import Solution, choice_at, solve, total_bytes, total_loss
+from packager.scoremap.model import Option, ScoreMap, Unit, hull, make_map, restricted, reweighed
 
 FORMS = [parse_form(label) for label in ("f32", "f16", "q8g32", "q8g64", "q4g32", "q4g64", "q2g32", "q2g64")]
-points = st.lists(st.tuples(st.integers(1, 400), st.floats(0, 50, allow_subnormal=False)), min_size=1, max_size=len(FORMS))
+points = st.lists(
+    st.tuples(st.integers(1, 400), st.floats(0, 50, allow_subnormal=False)), min_size=1, max_size=len(FORMS)
+)
 
 
 def options_of(pairs: Sequence[tuple[int, float]]) -> list[Option]:
@@ -25,7 +27,10 @@ def options_of(pairs: Sequence[tuple[int, float]]) -> list[Option]:
 
 def map_of(units: Sequence[Sequence[tuple[int, float]]]) -> ScoreMap:
     return make_map(
-        [Unit(name=f"unit {number}", kind="linear", rows=8, cols=32, matrix=f"unit {number}") for number in range(len(units))],
+        [
+            Unit(name=f"unit {number}", kind="linear", rows=8, cols=32, matrix=f"unit {number}")
+            for number in range(len(units))
+        ],
         [options_of(pairs) for pairs in units],
     )
 
@@ -98,7 +103,8 @@ def test_never_over_budget_and_none_only_where_nothing_fits(scoremap: ScoreMap, 
 def test_every_prefix_is_the_best_choice_of_its_bytes(scoremap: ScoreMap) -> None:
     """Brute force over all choices of all hull options."""
     everything = [
-        (total_bytes(scoremap, choice), total_loss(scoremap, choice)) for choice in itertools.product(*(range(len(chain)) for chain in scoremap.options))
+        (total_bytes(scoremap, choice), total_loss(scoremap, choice))
+        for choice in itertools.product(*(range(len(chain)) for chain in scoremap.options))
     ]
     for count in range(len(scoremap.moves) + 1):
         choice = choice_at(scoremap, count)
@@ -147,7 +153,9 @@ def test_over_200_budgets_prefixes_are_nested_and_loss_is_monotone(scoremap: Sco
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(points, min_size=1, max_size=8), st.data())
-def test_the_order_of_units_does_not_change_the_forms(units: list[list[tuple[int, float]]], data: st.DataObject) -> None:
+def test_the_order_of_units_does_not_change_the_forms(
+    units: list[list[tuple[int, float]]], data: st.DataObject
+) -> None:
     scoremap = map_of(units)
     order = data.draw(st.permutations(range(len(units))))
     shuffled = make_map([scoremap.units[number] for number in order], [options_of(units[number]) for number in order])
@@ -157,7 +165,10 @@ def test_the_order_of_units_does_not_change_the_forms(units: list[list[tuple[int
     def forms(some: ScoreMap) -> dict[str, str]:
         solution = within(some, budget)
         assert solution is not None
-        return {unit.name: chain[taken].form.label for unit, chain, taken in zip(some.units, some.options, solution.choice, strict=True)}
+        return {
+            unit.name: chain[taken].form.label
+            for unit, chain, taken in zip(some.units, some.options, solution.choice, strict=True)
+        }
 
     assert forms(shuffled) == forms(scoremap)
 
@@ -193,17 +204,24 @@ def test_restricted_maps_keep_only_what_runs() -> None:
     assert no_q8.options[0][0].form == FORMS[0]
     with pytest.raises(ArtifactError) as caught:
         restricted(scoremap, lambda unit, form: isinstance(form, LowRankForm))
-    assert str(caught.value) == "unit unit 0: none of its options runs on this device; score again with options it has kernels for"
+    assert (
+        str(caught.value)
+        == "unit unit 0: none of its options runs on this device; score again with options it has kernels for"
+    )
 
 
 @given(maps, st.integers(2, 5))
 def test_reweighing_by_a_factor_changes_no_choice(scoremap: ScoreMap, factor: int) -> None:
-    weights = {(unit.name, option.form): option.bytes * factor for unit, chain in zip(scoremap.units, scoremap.options, strict=True) for option in chain}
+    weights = {
+        (unit.name, option.form): option.bytes * factor
+        for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
+        for option in chain
+    }
     scaled = reweighed(scoremap, lambda unit, form: weights[unit.name, form])
     assert scaled.moves == scoremap.moves
-    assert [[dataclasses.replace(option, bytes=option.bytes // factor) for option in chain] for chain in scaled.options] == [
-        list(chain) for chain in scoremap.options
-    ]
+    assert [
+        [dataclasses.replace(option, bytes=option.bytes // factor) for option in chain] for chain in scaled.options
+    ] == [list(chain) for chain in scoremap.options]
 
 
 def test_leftover_bytes_go_to_the_same_unit_in_any_order() -> None:

@@ -1,0 +1,131 @@
+"""`packager.json`, a bundle's manifest, typed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from packager.errors import ArtifactError
+from packager.forms.registry import Form, form_bytes, parse_form
+from packager.io.files import sha256_json
+from packager.io.records import from_plain
+from packager.profile import PROVIDERS
+from packager.scoremap.identity import ModelIdentity
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleFile:
+    """One file of the bundle, by its path within."""
+
+    path: str
+    role: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleUnit:
+    """One unit and the form it is stored in."""
+
+    name: str
+    kind: str
+    rows: int
+    cols: int
+    matrix: str
+    start: int
+    form: str
+
+    def parsed(self) -> Form:
+        """The form itself."""
+        return parse_form(self.form)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """What the bundle is bounded to. `provider` is the execution provider, `vocabulary` the number of tokens."""
+
+    budget_bytes: int
+    context_tokens: int
+    prompt_tokens: int
+    vocabulary: int
+    provider: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """What the plan promised: the process's peak with its terms, the rise of the loss, the bytes of weights."""
+
+    peak_bytes: int
+    loss_nats: float
+    file_bytes: int
+    memory: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything in a bundle and where it comes from. `bundle_sha256` is over `files`; `measured` comes with
+    validation, `polish` says how block scales were tuned, where they were."""
+
+    schema: int
+    bundle_sha256: str
+    files: tuple[BundleFile, ...]
+    model: ModelIdentity
+    map_sha256: str
+    plan_sha256: str
+    profile: str
+    profile_sha256: str
+    units: tuple[BundleUnit, ...]
+    bounds: Bounds
+    predicted: Predicted
+    versions: dict[str, str]
+    measured: dict[str, Any] | None = None
+    polish: dict[str, Any] | None = None
+    cache: str = "float"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `packager.json`."""
+        data = asdict(self)
+        for optional in ("measured", "polish"):
+            if data[optional] is None:
+                del data[optional]
+        return data
+
+
+def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
+    """The manifest in `data`, read from `where`, checked in itself: its files' hash, its units' bytes, its graph."""
+    if data.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: build the bundle again"
+        )
+    manifest = from_plain(Manifest, data, where)
+    if files_hash(manifest.files) != manifest.bundle_sha256:
+        raise ArtifactError(
+            f"{where}: its files do not add up to its bundle_sha256: the manifest was altered, build the bundle again"
+        )
+    for role in ("graph", "weights", "reference", "config"):
+        if sum(entry.role == role for entry in manifest.files) != 1:
+            raise ArtifactError(
+                f"{where}: expected one file with role {role!r}: the manifest was altered, build the bundle again"
+            )
+    if manifest.bounds.provider not in PROVIDERS:
+        raise ArtifactError(
+            f"{where}: bounds.provider {manifest.bounds.provider!r}: expected one of {', '.join(PROVIDERS)}: the "
+            f"manifest was altered, build the bundle again"
+        )
+    try:
+        total = sum(form_bytes(unit.parsed(), unit.rows, unit.cols) for unit in manifest.units)
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}: units: {error}") from None
+    if total != manifest.predicted.file_bytes:
+        raise ArtifactError(
+            f"{where}: its units come to {total} bytes, expected {manifest.predicted.file_bytes}: the manifest was "
+            f"altered, build the bundle again"
+        )
+    return manifest
+
+
+def files_hash(files: tuple[BundleFile, ...]) -> str:
+    """The hash that names a bundle."""
+    return sha256_json([asdict(entry) for entry in files])

@@ -1,0 +1,1 @@
+"""The command line: arguments in; text, JSON and pictures out. It decides nothing."""

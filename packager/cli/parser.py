@@ -1,0 +1,303 @@
+"""The arguments of the `packager` command, verb by verb."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from packager import __version__
+from packager.cli import verbs
+from packager.profile import PROVIDERS
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments; `verb` of what it parses is the function to call."""
+    parser = argparse.ArgumentParser(
+        prog="packager",
+        description="Pack a language model for a device: one score map, any size, a validated ONNX bundle.",
+        epilog="exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 the budget is infeasible",
+    )
+    parser.add_argument("--version", action="version", version=f"packager {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="VERB")
+
+    pack = _verb(
+        subparsers,
+        "pack",
+        verbs.pack,
+        "score, plan, build and validate in one go",
+        "packager pack demo --profile edge-box-256mb -o box.bundle\n"
+        "  packager pack ./SmolLM2-135M --profile raspberry-pi-5-8gb --budget 300MiB --context 2048 -o pi.bundle",
+    )
+    pack.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, a .gguf file, or 'demo'")
+    _target(pack)
+    _scoring(pack)
+    pack.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    pack.add_argument(
+        "--map",
+        type=Path,
+        metavar="MAP",
+        help="where the score map is kept or found (default: MODEL.map beside the bundle)",
+    )
+    _writing(pack, "replace an existing bundle, and a map there of other settings")
+
+    score = _verb(
+        subparsers,
+        "score",
+        verbs.score,
+        "compute the score map of a model, once",
+        "packager score ./SmolLM2-135M -o smol.map --calibration my-text.txt",
+    )
+    score.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a hub name, a .gguf file, or 'demo'")
+    score.add_argument("-o", "--output", type=Path, required=True, metavar="MAP", help="folder to write")
+    _scoring(score)
+    score.add_argument(
+        "--provider",
+        choices=PROVIDERS,
+        default="cpu",
+        help="execution provider of the profiles that the map is for (default: cpu)",
+    )
+    score.add_argument("--force", action="store_true", help="replace an existing map")
+
+    plan = _verb(
+        subparsers,
+        "plan",
+        verbs.plan,
+        "choose the largest model that fits; needs no model and no runtime",
+        "packager plan smol.map --profile edge-box-256mb\n"
+        "  packager plan smol.map --profile laptop-16gb --budget 10% --json\n"
+        "  packager plan smol.map --profile laptop-16gb --budget 300MiB --context auto",
+    )
+    plan.add_argument("map", type=Path, metavar="MAP")
+    _target(plan)
+    plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write plan.json here")
+
+    curve = _verb(
+        subparsers,
+        "curve",
+        verbs.curve,
+        "what every size costs: predicted at once, measured on demand",
+        "packager curve smol.map\n  packager curve smol.map --profile edge-box-256mb -o curve.svg\n"
+        "  packager curve smol.map --measure 30 --text mine.txt -o curve.png",
+    )
+    curve.add_argument("map", type=Path, metavar="MAP")
+    curve.add_argument(
+        "--profile",
+        metavar="P",
+        help="bound peak memory on this device (a name or a TOML file) in place of the weights file's bytes",
+    )
+    curve.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens the sizes are bounded to, with --profile (default: the profile's)",
+    )
+    curve.add_argument(
+        "--sizes", type=int, default=30, metavar="N", help="sizes on the curve, from smallest to largest (default: 30)"
+    )
+    curve.add_argument(
+        "--measure",
+        type=int,
+        nargs="?",
+        const=verbs.SOME_SIZES,
+        metavar="N",
+        help="build N of them (default: 8, both ends among them) and measure their loss on ONNX Runtime",
+    )
+    curve.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="measure on this text (.txt, .jsonl, .parquet) in place of the map's held-out windows",
+    )
+    curve.add_argument(
+        "--windows", type=int, default=8, metavar="N", help="windows of 512 tokens of --text to measure on (default: 8)"
+    )
+    curve.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="draw the curve: FILE.png or FILE.svg (needs the extra 'plot')",
+    )
+
+    build = _verb(
+        subparsers,
+        "build",
+        verbs.build,
+        "build a bundle from a score map",
+        "packager build smol.map --profile edge-box-256mb -o box.bundle",
+    )
+    build.add_argument("map", type=Path, metavar="MAP")
+    _target(build)
+    build.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    build.add_argument(
+        "--polish",
+        type=float,
+        nargs="?",
+        const=10.0,
+        metavar="MINUTES",
+        help=(
+            "tune the block scales of this one size against the original model (--model) for so "
+            "many minutes (default: 10)"
+        ),
+    )
+    build.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="the map's own model, for --polish: a folder, a hub name, a .gguf file, or 'demo'",
+    )
+    build.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="text to polish on (default: built-in text); may be repeated",
+    )
+    _writing(build, "replace an existing bundle")
+
+    validate = _verb(
+        subparsers,
+        "validate",
+        verbs.validate,
+        "check a bundle on this machine's runtime",
+        "packager validate box.bundle --json",
+    )
+    validate.add_argument("bundle", type=Path, metavar="BUNDLE")
+
+    run = _verb(
+        subparsers,
+        "run",
+        verbs.run,
+        "generate text with a bundle",
+        'packager run box.bundle --prompt "What is a solver?"',
+    )
+    run.add_argument("bundle", type=Path, metavar="BUNDLE")
+    run.add_argument("--prompt", required=True, metavar="TEXT")
+    run.add_argument("--tokens", type=int, default=128, metavar="N", help="at most this many new tokens (default: 128)")
+    run.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+
+    inspect = _verb(
+        subparsers,
+        "inspect",
+        verbs.inspect,
+        "say what a map, plan or bundle holds",
+        "packager inspect smol.map\n  packager inspect box.bundle --json",
+    )
+    inspect.add_argument("path", type=Path, metavar="PATH")
+
+    profiles = _verb(
+        subparsers,
+        "profiles",
+        verbs.profiles,
+        "list the device profiles, show one, or measure this machine's memory coefficients into one",
+        "packager profiles\n  packager profiles show edge-box-256mb\n  packager profiles calibrate --base "
+        "raspberry-pi-5-8gb -o my-pi.toml",
+    )
+    profiles.add_argument(
+        "action",
+        nargs="?",
+        choices=["show", "calibrate"],
+        help="show one profile, or calibrate one on this machine (a minute or two)",
+    )
+    profiles.add_argument("name", nargs="?", metavar="NAME", help="show: a profile's name or a TOML file")
+    profiles.add_argument("--base", metavar="NAME", help="calibrate: the profile whose other values are taken")
+    profiles.add_argument("-o", "--output", type=Path, metavar="FILE", help="calibrate: the .toml file to write")
+    profiles.add_argument("--force", action="store_true", help="calibrate: replace an existing file")
+    return parser
+
+
+def _verb(subparsers: Any, name: str, function: Any, text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb=function)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return parser
+
+
+def _target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", required=True, metavar="P", help="a device profile's name or a TOML file")
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="memory for the whole process: bytes, 1.5GiB, or 60%% of the device's (default: the profile's)",
+    )
+    parser.add_argument(
+        "--context",
+        type=_context,
+        metavar="N",
+        help="tokens the bundle is bounded to, prompt and answer together (default: the profile's); "
+        "'auto': the profile's minimum, and beyond it what costs no quality",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=["auto", "float", "int8"],
+        help=(
+            "key/value cache of floats, of 8-bit codes, or whichever is predicted to lose less "
+            "(default: the profile's, else auto)"
+        ),
+    )
+
+
+def _context(text: str) -> int | str:
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens or 'auto', found {text!r}") from None
+
+
+def _scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="text to calibrate on: .txt, .jsonl (field 'text') or .parquet; may be repeated",
+    )
+    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="calibration tokens (default: 32768)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer tokens and options: a rougher map in a fraction of the time"
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="torch device to score on: cpu or cuda (default: cpu)"
+    )
+    parser.add_argument(
+        "--float-only",
+        action="store_true",
+        help="low rank in float instead of low-bit codes, for devices without kernels for these",
+    )
+    parser.add_argument(
+        "--method", choices=["curvature", "acip"], default="curvature", help="how units are scored (default: curvature)"
+    )
+    acip = parser.add_argument_group(
+        "ACIP", "the defaults are those published, or with --quick some that two cores can bear"
+    )
+    acip.add_argument(
+        "--acip-steps", type=int, metavar="N", help="optimiser steps that the schedule is laid over (2000, quick 80)"
+    )
+    acip.add_argument("--acip-tokens", type=int, metavar="N", help="tokens in an optimiser step (4096, quick 256)")
+    acip.add_argument(
+        "--acip-tuning", type=int, metavar="N", help="steps of tuning the adapters after pruning (1000, quick 40)"
+    )
+    acip.add_argument("--acip-rank", type=int, metavar="N", help="rank of the adapters (32, quick 8)")
+    acip.add_argument("--acip-rate", type=float, metavar="X", help="learning rate of the adapters (5e-5, quick 5e-4)")
+    acip.add_argument(
+        "--acip-stop", type=float, metavar="X", help="share of the layers' elements at which pruning stops (0.4)"
+    )
+    acip.add_argument(
+        "--acip-basis",
+        choices=["curvature", "weights"],
+        help="what layers are taken apart by: their curvature, or as published their weights",
+    )
+
+
+def _writing(parser: argparse.ArgumentParser, replaces: str) -> None:
+    parser.add_argument("--no-validate", action="store_true", help="skip validation on the runtime")
+    parser.add_argument("--force", action="store_true", help=replaces)

@@ -1,0 +1,1 @@
+"""The forms a weight matrix can be stored in: one class each, with its parts, bytes, kernels and packing."""

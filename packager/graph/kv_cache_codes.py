@@ -1,0 +1,140 @@
+"""The key/value cache in the exported graph: what reads it, and how to make it one of 8-bit codes.
+
+`GroupQueryAttention` reads and writes a cache of int8 codes where it is given a scale for every channel; the exporter
+offers the same by `kv_cache_quant_scheme=int8_per_channel`, but wants the scales before it makes a graph. They differ
+only in three attributes, two inputs and the caches' type, so one skeleton serves both: the change is made here.
+
+The exporter also turns `past_present_share_buffer` off for such a graph on the CPU. The kernel needs no such thing: it
+compares the addresses of past and present and appends in place where they are one (tests hold its tokens against
+torch's), and the cache then lies in memory once instead of twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from safetensors.numpy import load_file
+
+from packager.errors import ArtifactError, ExportError
+from packager.graph.names import ATTENTION, COSINES, KEY_SCALE, PAST_KEY
+from packager.graph.prefill import Run, Steps, branch_on_rows, count_rows, over_floats, unbranch
+
+Scales = Mapping[int, Steps]
+"""Layer → the steps of its keys and values."""
+
+CACHE_ROLES = ("key", "value")
+
+_MODE, _BITS = "PER_CHANNEL", 8
+_WINDOW = "local_window_size"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheFacts:
+    """What the graph says of its cache: the `layers` that have one; of each head the first `turned` channels are turned
+    by position, in pairs of neighbours where `interleaved`, else a half of them apart. `refusal` says why the cache
+    cannot hold codes, empty where it can."""
+
+    layers: tuple[int, ...]
+    turned: int
+    interleaved: bool
+    refusal: str = ""
+
+
+def cache_facts(graph: ir.Graph, provider: str) -> CacheFacts:
+    """Facts of a skeleton that was exported for execution provider `provider`."""
+    readers = {node.op_type for value in _caches(graph.inputs) for node, _ in value.uses()}
+    layers = tuple(
+        sorted(_layer(node) for node in graph if node.op_type == ATTENTION and node.inputs[PAST_KEY] is not None)
+    )
+    refusal = ""
+    if provider != "cpu":
+        refusal = f"the runtime reads 8-bit caches on the CPU only, this graph is for {provider}"
+    elif readers != {ATTENTION}:
+        refusal = f"its caches are read by {', '.join(sorted(readers)) or 'nothing'}, only {ATTENTION} reads 8-bit ones"
+    turned, interleaved = 0, False
+    for node in graph:
+        table = (
+            node.inputs[COSINES]
+            if node.op_type == ATTENTION
+            else node.inputs[2]
+            if node.op_type == "RotaryEmbedding"
+            else None
+        )
+        if table is not None and table.shape is not None and isinstance(table.shape[1], int):
+            turned = max(turned, 2 * table.shape[1])
+            flag = node.attributes.get("rotary_interleaved" if node.op_type == ATTENTION else "interleaved")
+            interleaved = interleaved or bool(flag and flag.as_int())
+    return CacheFacts(layers=layers, turned=turned, interleaved=interleaved, refusal=refusal)
+
+
+def quantise_caches(graph: ir.Graph, scales: Scales) -> None:
+    """Make every cache of `graph` one of int8 codes. ExportError when layers and `scales` do not match one to one."""
+    nodes = {_layer(node): node for node in graph if node.op_type == ATTENTION}
+    if set(nodes) != set(scales):
+        raise ExportError(
+            f"the graph has caches in layers {sorted(nodes)}, the map has scales for {sorted(scales)}: they do not "
+            f"belong together"
+        )
+    runs: dict[int, Run] = {}
+    for layer, node in nodes.items():
+        # A sliding layer's buffer may be one that rolls.
+        full = node.attributes.get_int(_WINDOW, -1) <= 0
+        if full and (heads := len(scales[layer][0])) not in runs:
+            runs[heads] = count_rows(graph, node, heads)
+        floats = over_floats(graph, node, scales[layer], runs[heads]) if full else None
+        node.resize_inputs(max(len(node.inputs), KEY_SCALE + 2))
+        for offset, (role, scale) in enumerate(zip(("k", "v"), scales[layer], strict=True)):
+            tensor = ir.Tensor(scale.reshape(-1), name=f"model.layers.{layer}.attn.{role}_scale")
+            value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            graph.register_initializer(value)
+            node.replace_input_with(KEY_SCALE + offset, value)
+            node.attributes.add(ir.AttrString(f"{role}_quant_type", _MODE))
+        node.attributes.add(ir.AttrInt64("kv_cache_bit_width", _BITS))
+        if floats is not None:
+            branch_on_rows(graph, node, floats, runs[heads])
+    for value in _caches([*graph.inputs, *graph.outputs]):
+        value.type = ir.TensorType(ir.DataType.INT8)
+
+
+def widen_caches(graph: ir.Graph) -> None:
+    """Undo `quantise_caches`: every cache of `graph` holds floats."""
+    unbranch(graph)
+    for node in graph:
+        if node.op_type == ATTENTION and "kv_cache_bit_width" in node.attributes:
+            for name in ("k_quant_type", "v_quant_type", "kv_cache_bit_width"):
+                del node.attributes[name]
+            for index in (KEY_SCALE, KEY_SCALE + 1):
+                node.replace_input_with(index, None)
+    for value in _caches([*graph.inputs, *graph.outputs]):
+        if value.dtype == ir.DataType.INT8:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def scale_name(layer: int, role: str) -> str:
+    """The tensor of `reference.safetensors` that holds a layer's steps; `role` is one of CACHE_ROLES."""
+    return f"cache.{layer}.{role}"
+
+
+def read_scales(path: Path) -> Scales:
+    """The steps in a `reference.safetensors`."""
+    stored = load_file(path)
+    layers = sorted(int(name.split(".")[1]) for name in stored if name.startswith("cache.") and name.endswith(".key"))
+    try:
+        return {layer: (stored[scale_name(layer, "key")], stored[scale_name(layer, "value")]) for layer in layers}
+    except KeyError as error:
+        raise ArtifactError(f"{path} has no {error}: the map is damaged, score the model again") from None
+
+
+def _caches(values: Iterable[ir.Value]) -> list[ir.Value]:
+    return [value for value in values if value.name and value.name.startswith(("past_key_values.", "present."))]
+
+
+def _layer(node: ir.Node) -> int:
+    """The layer of an attention node, from the name of the cache that it reads: `past_key_values.LAYER.key`."""
+    past = node.inputs[PAST_KEY]
+    if past is None or past.name is None:
+        raise ExportError(f"attention {node.name} reads no cache")
+    return int(past.name.split(".")[1])

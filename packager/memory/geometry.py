@@ -1,0 +1,88 @@
+"""The shape of a model as far as memory goes, read from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.errors import UnsupportedModelError
+from packager.io.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """The shape of a decoder as far as memory goes.
+
+    `nodes` counts the nodes of the exported graph, `tokenizer_bytes` is the size of tokenizer.json. `tokenizer_entries`
+    counts its tokens and merges; 0 estimates it from the size, which holds for a file that transformers indented.
+    Of `layers`, `sliding_layers` keep only the last `sliding_window` tokens. `cache_element_bytes` is 1 where the cache
+    holds 8-bit codes; 0 where it holds the runtime's floats, whose width the coefficients know.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    nodes: int
+    tokenizer_bytes: int
+    tokenizer_entries: int = 0
+    sliding_window: int = 0
+    sliding_layers: int = 0
+    cache_element_bytes: int = 0
+
+
+def read_geometry(config: PretrainedConfig, *, nodes: int, tokenizer: Path, genai: Mapping[str, Any]) -> Geometry:
+    """Geometry of a decoder; `nodes` of its exported graph, its tokenizer.json, the exporter's genai_config.json.
+
+    optimum knows the attribute names of each architecture; where it does not know the architecture, the plain names
+    are tried. Raises UnsupportedModelError naming what is missing.
+    """
+    from optimum.utils import NormalizedConfigManager
+
+    try:
+        names = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    except KeyError:
+        names = config
+
+    def number(*candidates: str, default: int | None = None) -> int:
+        for source in (names, config):
+            for name in candidates:
+                value = getattr(source, name, None)
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
+        if default is None:
+            raise UnsupportedModelError(f"the configuration of {config.model_type} has no {candidates[0]}")
+        return default
+
+    sliding = genai["model"]["decoder"].get("sliding_window") or {}
+    hidden = number("hidden_size", "n_embd", "d_model")
+    heads = number("num_attention_heads", "n_head")
+    return Geometry(
+        layers=number("num_layers", "num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        intermediate=number("intermediate_size", "ffn_hidden_size", default=4 * hidden),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", "multi_query_group_num", default=heads),
+        head_dim=number("head_dim", default=hidden // heads),
+        vocab=number("vocab_size"),
+        nodes=nodes,
+        tokenizer_bytes=tokenizer.stat().st_size,
+        tokenizer_entries=tokenizer_entries(read_json(tokenizer)),
+        sliding_window=int(sliding.get("window_size", 0)),
+        sliding_layers=len(sliding.get("layers", [])),
+    )
+
+
+def tokenizer_entries(content: Mapping[str, Any]) -> int:
+    """Tokens and merges in the content of a tokenizer.json: what its tables are made of, however the file is
+    laid out."""
+    model = content.get("model", {})
+    return len(model.get("vocab", ())) + len(model.get("merges", ()))

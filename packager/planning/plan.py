@@ -1,0 +1,417 @@
+"""A plan: the option of every unit for one device, with what it is predicted to weigh, cost and need.
+
+The same map, profile and budget give the same bytes of `plan.json`: it holds no clock and no path.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
+from packager.forms.kinds import Kind
+from packager.forms.registry import Form, form_bytes, form_nodes, has_kernels, parse_form
+from packager.io.files import read_json, sha256_file, sha256_json
+from packager.io.records import from_plain
+from packager.memory.geometry import Geometry
+from packager.memory.model import MemoryEstimate, estimate, looked_up_bytes, resident_bytes
+from packager.planning import contexts, kv_cache_choice
+from packager.planning.shortfall import explain
+from packager.planning.solver import Solution, solve, total_bytes, total_loss
+from packager.profile import AUTO as AUTO_CACHE
+from packager.profile import FLOAT, INT8, DeviceProfile, MemoryCoefficients, load_profile, shipped_profiles
+from packager.scoremap.anchors import Anchor, monotone, predicted_nats
+from packager.scoremap.identity import MapIdentity, read_identity
+from packager.scoremap.model import IDENTITY_FILE, ScoreMap, Unit, read_map, restricted, reweighed
+from packager.sizes import format_size
+
+SCHEMA = 1
+PLAN_FILE = "plan.json"
+PROMPT_RESERVE = 32
+AUTO: Literal["auto"] = "auto"
+"""In place of a context's tokens: let the plan choose them, see `context_frontier`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What to build. `choices` maps unit name → form label; bytes and nats as their names say.
+
+    `ratio` is file bytes over the bytes of the float16 model. `memory` is the predicted peak, item by item. `cache` is
+    float or int8, of which `cache_nats` is the share of `loss_nats`; `cache_note` says what stood against it.
+    """
+
+    schema: int
+    map_sha256: str
+    profile: str
+    profile_sha256: str
+    budget_bytes: int
+    context_tokens: int
+    prompt_tokens: int
+    choices: dict[str, str]
+    prefix: int
+    moves: int
+    file_bytes: int
+    ratio: float
+    loss_nats: float
+    peak_bytes: int
+    memory: dict[str, Any]
+    cache: str = FLOAT
+    cache_nats: float = 0.0
+    cache_note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `plan.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> Plan:
+        """The plan in `data`, read from `where`; unknown and missing keys are errors."""
+        if data.get("schema") != SCHEMA:
+            raise ArtifactError(f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: plan again")
+        return from_plain(cls, data, where)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedMap:
+    """A score map with its identity, and where it lies; `cache` is the kind of key/value cache that is planned with."""
+
+    folder: Path
+    scoremap: ScoreMap
+    identity: MapIdentity
+    geometry: Geometry
+    anchors: tuple[Anchor, ...]
+    cache: str = FLOAT
+
+    @property
+    def cache_nats(self) -> float:
+        """What the cache adds to the loss."""
+        score = self.identity.int8_cache
+        return score.loss_nats if self.cache == INT8 and score is not None else 0.0
+
+    def with_cache(self, cache: str) -> LoadedMap:
+        """The same map with a cache of that kind."""
+        return replace(
+            self, cache=cache, geometry=replace(self.geometry, cache_element_bytes=1 if cache == INT8 else 0)
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of `map.json`, which names every other file of the map by hash."""
+        return sha256_file(self.folder / IDENTITY_FILE)
+
+
+def load_map(folder: Path) -> LoadedMap:
+    """Open a `.map` folder for planning: the score map and `map.json`, checked; the store is not touched."""
+    scoremap = read_map(folder)
+    identity = read_identity(folder)
+    return LoadedMap(
+        folder=folder,
+        scoremap=scoremap,
+        identity=identity,
+        geometry=identity.geometry,
+        anchors=monotone(identity.anchors),
+    )
+
+
+def profile_hash(profile: DeviceProfile) -> str:
+    """Hash of everything a profile says."""
+    return sha256_json(asdict(profile))
+
+
+def runnable(scoremap: ScoreMap, profile: DeviceProfile) -> ScoreMap:
+    """The map with only the forms that the device has kernels for."""
+    return restricted(scoremap, lambda unit, form: has_kernels(form, profile.bits))
+
+
+def make_plan(
+    loaded: LoadedMap,
+    profile: DeviceProfile,
+    *,
+    budget_bytes: int | None = None,
+    context_tokens: int | None = None,
+    reserve_bytes: int = 0,
+) -> Plan:
+    """The largest model of `loaded` whose predicted peak, plus `reserve_bytes`, fits the budget on this device.
+
+    Raises InfeasibleBudgetError, which says what is missing and what would fit, when even the smallest does not;
+    UsageError for a context longer than the model's or a budget above the device's memory.
+    """
+    budget = profile.budget_bytes if budget_bytes is None else budget_bytes
+    context = bounded_context(loaded, profile, context_tokens)
+    if budget > profile.memory_bytes:
+        raise UsageError(
+            f"budget {format_size(budget)} is more than the {format_size(profile.memory_bytes)} that {profile.name} has"
+        )
+
+    def weigh(unit: Unit, form: Form) -> int:
+        return _weigh(unit, form, loaded.geometry, profile, context)[0]
+
+    view = reweighed(runnable(loaded.scoremap, profile), weigh)
+    needed = _estimator(loaded.geometry, view, profile, context)
+    solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes <= budget)
+    if solution is None:
+        raise _infeasible(loaded, profile, budget, context, reserve_bytes)
+    return _plan(loaded, view, solution, needed(solution.choice), profile, budget, context)
+
+
+def context_frontier(
+    loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | None = None, reserve_bytes: int = 0
+) -> tuple[Plan, ...]:
+    """What the budget can be spent on: plans of ever longer context at ever higher predicted loss, none of them
+    dominated.
+
+    They begin at the profile's minimum context, or at the longest that costs no more loss than it, and end at the
+    longest at which anything fits. Raises as `make_plan` does, for the minimum context.
+    """
+    budget = profile.budget_bytes if budget_bytes is None else budget_bytes
+    most = loaded.identity.model.max_context_tokens
+    least = min(profile.minimum_context_tokens, most)
+
+    def planned(tokens: int) -> Plan:
+        return make_plan(loaded, profile, budget_bytes=budget, context_tokens=tokens, reserve_bytes=reserve_bytes)
+
+    first = planned(least)
+    longest = contexts.longest(
+        lambda tokens: smallest_memory(loaded, profile, tokens).peak_bytes + reserve_bytes <= budget, least, most
+    )
+    plans = [first, *(planned(tokens) for tokens in contexts.steps(least, longest or least)[1:])]
+    return undominated(plans)
+
+
+def undominated(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """The plans that no other beats in context or loss and equals in the other, by rising context."""
+    return tuple(plans[at] for at in contexts.undominated([(plan.context_tokens, plan.loss_nats) for plan in plans]))
+
+
+def smallest_memory(loaded: LoadedMap, profile: DeviceProfile, context: int) -> MemoryEstimate:
+    """What the smallest model of `loaded` needs on this device: every unit in the runnable option of the fewest
+    resident bytes."""
+    smallest = []
+    for unit, chain in zip(loaded.scoremap.units, runnable(loaded.scoremap, profile).options, strict=True):
+        smallest.append(
+            min(
+                (_weigh(unit, option.form, loaded.geometry, profile, context) for option in chain),
+                key=lambda weights: weights[0],
+            )
+        )
+    return _estimated(loaded.geometry, smallest, profile, context)
+
+
+Planned = TypeVar("Planned")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to build for: a profile, with budget, context and cache overridden where given; AUTO trades context for
+    weights."""
+
+    profile: DeviceProfile
+    budget_bytes: int | None = None
+    context_tokens: int | Literal["auto"] | None = None
+    cache: str | None = None
+
+    @property
+    def wanted_tokens(self) -> int:
+        """The profile's context where that is what to build for, else 0."""
+        return self.profile.context_tokens if self.context_tokens is None else 0
+
+    def frontier(self, loaded: LoadedMap, reserve_bytes: int = 0) -> tuple[Plan, ...]:
+        """What there is to choose from where the context is AUTO, with any cache on offer; `plan` takes the first."""
+
+        def planned(view: LoadedMap) -> tuple[Plan, ...]:
+            return context_frontier(view, self.profile, budget_bytes=self.budget_bytes, reserve_bytes=reserve_bytes)
+
+        found, _, note = self._tried(loaded, planned)
+        plans = [replace(plan, cache_note=note) for plan in itertools.chain(*found)]
+        return undominated(sorted(plans, key=lambda plan: plan.context_tokens))
+
+    def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
+        """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
+        context = self.context_tokens
+        if context == AUTO:
+            return self.frontier(loaded, reserve_bytes)[0]
+
+        def planned(view: LoadedMap) -> Plan:
+            return make_plan(
+                view, self.profile, budget_bytes=self.budget_bytes, context_tokens=context, reserve_bytes=reserve_bytes
+            )
+
+        return chosen(*self._tried(loaded, planned))
+
+    def _tried(
+        self, loaded: LoadedMap, planned: Callable[[LoadedMap], Planned]
+    ) -> tuple[list[Planned], Sequence[str], str]:
+        """What `planned` makes of every cache on offer that fits, the kinds that were tried, and why others were not.
+
+        Raises InfeasibleBudgetError, of the cache that needs least, when none fits.
+        """
+        kinds, note = kv_cache_choice.offered(
+            loaded.identity, self.profile.provider, self.cache or self.profile.kv_cache
+        )
+        found, refused = [], list[InfeasibleBudgetError]()
+        for kind in kinds:
+            try:
+                found.append(planned(loaded.with_cache(kind)))
+            except InfeasibleBudgetError as error:
+                refused.append(error)
+        if not found:
+            raise min(refused, key=lambda error: error.minimum_bytes)
+        return found, kinds, note
+
+
+def chosen(plans: Sequence[Plan], kinds: Sequence[str], note: str = "") -> Plan:
+    """The plan of the least predicted loss, the first of equals, saying what stood against it; `kinds` were tried."""
+    best = min(plans, key=lambda plan: plan.loss_nats)
+    others = [
+        f"with a {plan.cache} cache the loss would be +{plan.loss_nats:.4f}" for plan in plans if plan is not best
+    ]
+    others += [f"with a {kind} cache nothing fits" for kind in kinds if kind not in {plan.cache for plan in plans}]
+    return replace(best, cache_note="; ".join([note] if note else others))
+
+
+def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
+    """The best model of at most `weight_bytes` bytes of weights in the file that the device has kernels for, whatever
+    memory it needs."""
+    view = runnable(loaded.scoremap, profile)
+    solution = solve(view, lambda choice: total_bytes(view, choice) <= weight_bytes)
+    context = bounded_context(loaded, profile, None)
+    if solution is None:
+        minimum = sum(chain[-1].bytes for chain in view.options)
+        raise InfeasibleBudgetError(
+            f"the smallest model of this map has {format_size(minimum)} of weights, more than "
+            f"{format_size(weight_bytes)}",
+            budget_bytes=weight_bytes,
+            minimum_bytes=minimum,
+        )
+    memory = _estimator(loaded.geometry, view, profile, context)(solution.choice)
+    return _plan(loaded, view, solution, memory, profile, memory.peak_bytes, context)
+
+
+def bounded_context(loaded: LoadedMap, profile: DeviceProfile, context_tokens: int | None) -> int:
+    """The context to build for: as asked, else the profile's, never more than the model was made for."""
+    longest = loaded.identity.model.max_context_tokens
+    if context_tokens is None:
+        return min(profile.context_tokens, longest)
+    if not PROMPT_RESERVE < context_tokens <= longest:
+        raise UsageError(
+            f"context {context_tokens} tokens: expected more than {PROMPT_RESERVE} and at most {longest}, the model's "
+            f"own"
+        )
+    return context_tokens
+
+
+def _estimator(
+    geometry: Geometry, scoremap: ScoreMap, profile: DeviceProfile, context: int
+) -> Callable[[Sequence[int]], MemoryEstimate]:
+    """choice → predicted memory. What each option weighs is worked out once: the solver asks hundreds of times."""
+    weights = [
+        [_weigh(unit, option.form, geometry, profile, context) for option in chain]
+        for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
+    ]
+
+    return lambda choice: _estimated(
+        geometry, [chain[index] for chain, index in zip(weights, choice, strict=True)], profile, context
+    )
+
+
+def _estimated(
+    geometry: Geometry, taken: Sequence[tuple[int, int, int]], profile: DeviceProfile, context: int
+) -> MemoryEstimate:
+    """Predicted memory of a model whose units weigh as `_weigh` says."""
+    return estimate(
+        geometry,
+        weights_bytes=sum(resident for resident, _, _ in taken),
+        looked_up_bytes=sum(looked_up for _, looked_up, _ in taken),
+        largest_unit_bytes=max(multiplied for _, _, multiplied in taken),
+        context_tokens=context,
+        prompt_tokens=context - PROMPT_RESERVE,
+        chunk_tokens=profile.chunk_tokens,
+        coefficients=profile.coefficients,
+    )
+
+
+def _weigh(unit: Unit, form: Form, geometry: Geometry, profile: DeviceProfile, context: int) -> tuple[int, int, int]:
+    """(resident bytes, those only looked up, file bytes of what is multiplied) of a unit in a form."""
+    # A part of the vocabulary is looked up by its share of the tokens. What is only multiplied does not depend on them.
+    tokens = -(-context * unit.rows // geometry.vocab) if unit.kind in ("embedding", "tied") else None
+    return _weighed(form, unit.rows, unit.cols, unit.kind, profile.coefficients, tokens)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _weighed(
+    form: Form, rows: int, cols: int, kind: Kind, coefficients: MemoryCoefficients, tokens: int | None
+) -> tuple[int, int, int]:
+    """As `_weigh` says. Kept, because layers share a few shapes, and caches and contexts share most of what they
+    weigh."""
+    resident = resident_bytes(form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=tokens)
+    # The skeleton's nodes are in the geometry; what a form adds to them weighs too.
+    resident += (form_nodes(form) - 1) * coefficients.session_bytes_per_node
+    looked_up = looked_up_bytes(form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=tokens)
+    return resident, looked_up, 0 if kind == "embedding" else form_bytes(form, rows, cols)
+
+
+def _plan(
+    loaded: LoadedMap,
+    view: ScoreMap,
+    solution: Solution,
+    memory: MemoryEstimate,
+    profile: DeviceProfile,
+    budget: int,
+    context: int,
+) -> Plan:
+    forms = [chain[taken].form for chain, taken in zip(view.options, solution.choice, strict=True)]
+    file_bytes = sum(form_bytes(form, unit.rows, unit.cols) for form, unit in zip(forms, view.units, strict=True))
+    return Plan(
+        schema=SCHEMA,
+        map_sha256=loaded.sha256,
+        profile=profile.name,
+        profile_sha256=profile_hash(profile),
+        budget_bytes=budget,
+        context_tokens=context,
+        prompt_tokens=context - PROMPT_RESERVE,
+        choices={unit.name: form.label for unit, form in zip(view.units, forms, strict=True)},
+        prefix=solution.prefix,
+        moves=len(view.moves),
+        file_bytes=file_bytes,
+        ratio=file_bytes / loaded.identity.model.float16_bytes,
+        loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)) + loaded.cache_nats,
+        peak_bytes=memory.peak_bytes,
+        memory=memory.to_dict(),
+        cache=loaded.cache,
+        cache_nats=loaded.cache_nats,
+    )
+
+
+def _infeasible(
+    loaded: LoadedMap, profile: DeviceProfile, budget: int, context: int, reserve: int
+) -> InfeasibleBudgetError:
+    int8_left = (
+        loaded.cache == FLOAT and INT8 in kv_cache_choice.offered(loaded.identity, profile.provider, AUTO_CACHE)[0]
+    )
+    shortfall = explain(
+        profile,
+        budget_bytes=budget,
+        context_tokens=context,
+        shortest_tokens=PROMPT_RESERVE + 1,
+        reserve_bytes=reserve,
+        smallest=lambda device, tokens: smallest_memory(loaded, device, tokens),
+        others=[load_profile(name) for name in shipped_profiles()],
+        coded=(lambda device, tokens: smallest_memory(loaded.with_cache(INT8), device, tokens)) if int8_left else None,
+    )
+    return InfeasibleBudgetError(
+        shortfall.text(), budget_bytes=budget, minimum_bytes=shortfall.minimum_bytes, shortfall=shortfall.to_dict()
+    )
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a `plan.json`."""
+    return Plan.from_dict(read_json(path), str(path))
+
+
+def form_of(plan: Plan, unit: Unit) -> Form:
+    """The form the plan chose for a unit."""
+    return parse_form(plan.choices[unit.name])

@@ -1,0 +1,1 @@
+"""A runtime in a child process under a limit; nothing else starts one."""

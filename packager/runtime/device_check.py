@@ -1,0 +1,268 @@
+"""Acceptance test of a bundle, to be run on the device: python check.py [BUNDLE]
+
+Needs onnxruntime-genai and numpy and nothing else. Verifies every file's hash, the tokenizer, the golden logits and
+greedy tokens, then fills the whole context once and reports peak memory and speed. Prints one JSON document.
+Exit status: 0 all checks passed, 3 some failed, 1 it could not run.
+"""
+
+import argparse
+import hashlib
+import json
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Kernels with 8-bit activations differ from float arithmetic by about this much; a wrong weight differs by far more.
+KL_LIMIT_NATS = 0.1
+# A greedy token may differ from the reference's where that was undecided: by less than this share of the logits'
+# spread.
+GAP_LIMIT_SHARE = 0.5
+
+
+def phase(name: str) -> None:
+    """Say on stderr what begins, so that a killed run is known by the last phase it reached."""
+    print(f"phase: {name}", file=sys.stderr, flush=True)
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: peak, and resident now, anonymous and mapped apart. Empty where /proc is not there."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    wanted = {"VmHWM": "peak_bytes", "RssAnon": "anonymous_bytes", "RssFile": "mapped_bytes"}
+    return {
+        wanted[key]: int(value.split()[0]) * 1024
+        for key, _, value in (line.partition(":") for line in lines)
+        if key in wanted
+    }
+
+
+def sha256(path: Path) -> str:
+    """Hex digest, read in small pieces: hashing must not set the peak."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 16):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path, only: str = "") -> dict[str, Any]:
+    """Tensors of a safetensors file by name: all, or the one asked for."""
+    import numpy as np
+
+    kinds = {"F32": np.float32, "I32": np.int32, "U8": np.uint8}
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        start = 8 + length
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__" or (only and name != only):
+                continue
+            begin, end = entry["data_offsets"]
+            file.seek(start + begin)
+            tensors[name] = np.frombuffer(file.read(end - begin), kinds[entry["dtype"]]).reshape(entry["shape"]).copy()
+    return tensors
+
+
+def row(name: str, value: object, limit: object, unit: str, passed: bool) -> dict[str, Any]:
+    """One check: what was measured, what was allowed, and the verdict."""
+    return {"name": name, "value": value, "limit": limit, "unit": unit, "passed": bool(passed)}
+
+
+def check_hashes(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Every file in the manifest has its size and hash."""
+    wrong = []
+    for entry in manifest["files"]:
+        path = root / entry["path"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            wrong.append(entry["path"])
+    return row("files with a wrong hash", len(wrong), 0, ", ".join(wrong[:3]) or "files", not wrong)
+
+
+def kl_divergence(expected: Any, found: Any) -> float:
+    """KL(softmax(expected) ‖ softmax(found)) in nats."""
+    import numpy as np
+
+    def log_softmax(x: Any) -> Any:
+        x = x.astype(np.float64) - x.max()
+        return x - np.log(np.exp(x).sum())
+
+    p, q = log_softmax(expected), log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum())
+
+
+def check_tokenizer(tokenizer: Any, golden: dict[str, Any]) -> list[dict[str, Any]]:
+    """Encode and decode real text as the source tokenizer does."""
+    import numpy as np
+
+    count, wrong_ids, wrong_text = 0, 0, 0
+    while f"text.{count}.bytes" in golden:
+        text = golden[f"text.{count}.bytes"].tobytes().decode()
+        expected = golden[f"text.{count}.ids"]
+        found = np.asarray(tokenizer.encode(text), dtype=np.int32)
+        wrong_ids += not (len(found) == len(expected) and bool((found == expected).all()))
+        wrong_text += tokenizer.decode(expected) != golden[f"text.{count}.decoded"].tobytes().decode()
+        count += 1
+    return [
+        row("texts encoded otherwise", wrong_ids, 0, f"of {count} texts", wrong_ids == 0),
+        row("texts decoded otherwise", wrong_text, 0, f"of {count} texts", wrong_text == 0),
+    ]
+
+
+def check_golden(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, Any]]:
+    """Last logits and greedy tokens of the golden prompts against the reference's."""
+    import numpy as np
+
+    worst_kl, undecided, wrong, total, count = 0.0, 0, 0, 0, 0
+    while f"prompt.{count}.ids" in golden:
+        ids, logits, greedy, gaps = (golden[f"prompt.{count}.{part}"] for part in ("ids", "logits", "greedy", "gaps"))
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(ids) + len(greedy), do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(ids)
+        found = np.asarray(generator.get_logits()).reshape(-1)[-len(logits) :]
+        worst_kl = max(worst_kl, kl_divergence(logits, found))
+        spread = float(logits.std())
+        for step, expected in enumerate(greedy):
+            if generator.is_done():
+                break
+            generator.generate_next_token()
+            total += 1
+            if generator.get_sequence(0)[-1] != expected:
+                # After the first different token the texts differ: what follows has no reference.
+                undecided += float(gaps[step]) <= GAP_LIMIT_SHARE * spread
+                wrong += float(gaps[step]) > GAP_LIMIT_SHARE * spread
+                break
+        del generator
+        count += 1
+    return [
+        row(
+            "divergence of the next token from the reference, worst prompt",
+            round(worst_kl, 6),
+            KL_LIMIT_NATS,
+            "nats",
+            worst_kl <= KL_LIMIT_NATS,
+        ),
+        row(
+            "prompts whose greedy tokens differ where the reference was decided",
+            wrong,
+            0,
+            f"of {count} prompts ({undecided} differ where undecided, {total} tokens)",
+            wrong == 0,
+        ),
+    ]
+
+
+def fill_context(og: Any, model: Any, text: Any, prompt_tokens: int, context_tokens: int) -> dict[str, Any]:
+    """The longest prompt, of `text`'s tokens, and the fullest context: tokens per second of both phases."""
+    import numpy as np
+
+    phase("prefill")
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=context_tokens, min_length=context_tokens, do_sample=False)
+    generator = og.Generator(model, params)
+    ids = np.resize(text.reshape(-1), prompt_tokens).astype(np.int32)
+    start = time.perf_counter()
+    generator.append_tokens(ids)
+    generator.get_logits()
+    prefill = time.perf_counter() - start
+    phase("decode")
+    steps, start = 0, time.perf_counter()
+    while not generator.is_done() and prompt_tokens + steps < context_tokens:
+        generator.generate_next_token()
+        steps += 1
+    decode = time.perf_counter() - start
+    return {
+        "prefill_tokens_per_second": round(prompt_tokens / prefill, 2),
+        "decode_tokens_per_second": round(steps / max(decode, 1e-9), 2),
+        "context_tokens": prompt_tokens + steps,
+    }
+
+
+def say(og: Any, model: Any, tokenizer: Any, prompt: str, most: int, context_tokens: int) -> str:
+    """What the bundle answers to `prompt`, greedily, in at most `most` tokens."""
+    try:
+        text = tokenizer.apply_chat_template(
+            json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True
+        )
+    except Exception:  # the model has no chat template: it continues the text as it is
+        text = prompt
+    ids = tokenizer.encode(text)[-(context_tokens // 2) :]
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=min(len(ids) + most, context_tokens), do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return str(tokenizer.decode(generator.get_sequence(0)[len(ids) :]))
+
+
+def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
+    """All checks of the bundle in `root`; the golden ones where `golden_path` exists."""
+    manifest = json.loads((root / "packager.json").read_text())
+    phase("hashes")
+    checks = [check_hashes(root, manifest)]
+    phase("import")
+    import onnxruntime_genai as og
+
+    phase("load")
+    start = time.perf_counter()
+    model = og.Model(str(root))
+    tokenizer = og.Tokenizer(model)
+    load = time.perf_counter() - start
+    bounds = manifest["bounds"]
+    text = read_tensors(root / "reference.safetensors", only="heldout")["heldout"]
+    speed = fill_context(og, model, text, bounds["prompt_tokens"], bounds["context_tokens"])
+    used = memory()
+    # Memory is read before the golden file comes in: that is the test's, not the model's.
+    phase("golden")
+    golden = read_tensors(golden_path) if golden_path.is_file() else {}
+    if golden:
+        checks += check_tokenizer(tokenizer, golden) + check_golden(og, model, golden)
+    if used:
+        budget = bounds["budget_bytes"]
+        checks.append(
+            row("peak memory of the process", used["peak_bytes"], budget, "bytes", used["peak_bytes"] <= budget)
+        )
+    phase("answer")
+    answer = say(og, model, tokenizer, prompt, 48, bounds["context_tokens"])
+    return {
+        "passed": all(check["passed"] for check in checks),
+        "checks": checks,
+        "memory": used,
+        "speed": speed | {"load_seconds": round(load, 3)},
+        "prompt": prompt,
+        "answer": answer,
+    }
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        help="the bundle's folder; this file's own by default",
+    )
+    parser.add_argument("--json", type=Path, help="write the document to this file as well")
+    parser.add_argument("--golden", type=Path, help="golden file; golden.safetensors in the bundle by default")
+    parser.add_argument(
+        "--prompt", default="Name three things a small computer is good for.", help="what to ask the model at the end"
+    )
+    arguments = parser.parse_args()
+    report = run(arguments.bundle, arguments.prompt, arguments.golden or arguments.bundle / "golden.safetensors")
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0 if report["passed"] else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

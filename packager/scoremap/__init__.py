@@ -1,0 +1,1 @@
+"""The score map: its types, its folder, its identity."""

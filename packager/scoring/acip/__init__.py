@@ -1,0 +1,1 @@
+"""The published method, ACIP: gates and adapters trained, then ranked."""
