@@ -92,7 +92,9 @@ def test_split_codes_lie_between_four_and_eight_bits() -> None:
     weights, inputs = torch.randn(48, 128, generator=generator), torch.randn(512, 128, generator=generator)
     hessian = inputs.T @ inputs / 512
     unit = Unit(name="some", kind="linear", rows=48, cols=128, matrix="some")
-    curvature = Curvature(pairs=((hessian, torch.eye(48)),), rounding=hessian, noise=torch.zeros(len(BLOCKS), 128))
+    curvature = Curvature(
+        pairs=((hessian, torch.eye(48)),), rounding=hessian, noise={block: torch.zeros(128) for block in BLOCKS}
+    )
     scored = {item.option.form.label: item for item in score_unit(unit, weights, curvature, quick=False)}
     total, single = scored["q6g64"], scored["q4g64z"]
     assert isinstance(total.option.form, SplitForm)
