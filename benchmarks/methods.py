@@ -33,8 +33,9 @@ from packager.planning.plan import load_map
 from packager.planning.size_curve import standard_error
 from packager.planning.solver import solve, total_bytes
 from packager.scoremap.model import STORE_FILE, Option, ScoreMap, Unit, make_map
+from packager.scoremap.settings import BASES, QUICK_ACIP, AcipSettings
 from packager.scoring.acip.options import Ranking, folded, rank_units, start_of
-from packager.scoring.acip.training import BASES, QUICK_ACIP, AcipSettings, Start, train
+from packager.scoring.acip.training import Start, train
 from packager.scoring.curvature.moments import Curvature, collect
 from packager.scoring.factors import low_rank, pivoted, stored
 from packager.scoring.low_rank import Spectrum, decompose
@@ -122,10 +123,10 @@ def chosen(units: Sequence[Unit], options: Sequence[Sequence[Option]], limit: in
 
 
 @torch.no_grad()
-def made(method: Method, weights: torch.Tensor, spread: Feedback, unit: Unit, form: Form) -> torch.Tensor:
+def made(method: Method, weights: torch.Tensor, error_feedback: Feedback, unit: Unit, form: Form) -> torch.Tensor:
     """The matrix that a unit in `form` multiplies by."""
     if isinstance(form, FloatForm | BlockForm):
-        return stored(weights, form, spread)[0]
+        return stored(weights, form, error_feedback)[0]
     assert isinstance(form, LowRankForm | PivotForm)
     pair = method.pair(unit.name, form.rank)
     product = pair.left @ pair.right
@@ -133,7 +134,7 @@ def made(method: Method, weights: torch.Tensor, spread: Feedback, unit: Unit, fo
         return product
     target = weights if method.refitted else product
     make: Any = pivoted if isinstance(form, PivotForm) else low_rank
-    values: torch.Tensor = make(target, pair, form, spread)[0]
+    values: torch.Tensor = make(target, pair, form, error_feedback)[0]
     return values
 
 
@@ -312,9 +313,9 @@ def main() -> None:
     with Bars() as bars:
         bars.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
         curvature = collect(
-            model, sources, calibration.windows, seed=0, batch=1, sampled=False, progress=lambda count: bars.advance()
+            model, sources, calibration.windows, blocks=(), batch=1, progress=lambda count: bars.advance()
         )
-        spreads = {name: feedback(item.rounding) for name, item in curvature.items()}
+        feedbacks = {name: feedback(item.rounding) for name, item in curvature.items()}
         ways = methods(arguments, model, sources, curvature, calibration.windows, bars)
         tables: dict[str, list[list[str]]] = {"parameters": [], "bytes": []}
         data: list[dict[str, Any]] = []
@@ -363,7 +364,7 @@ def main() -> None:
                         return made(
                             way,
                             source.weight(model),
-                            spreads[source.unit.name],
+                            feedbacks[source.unit.name],
                             source.unit,
                             taken[source.unit.name].form,
                         )

@@ -131,13 +131,13 @@ def unseen_windows(checkpoint: Checkpoint, loaded: LoadedMap, paths: list[Path],
     """Windows of the calibration files that were neither calibrated on nor held out. The split depends on the seed
     alone."""
     settings, tokenizer = loaded.identity.settings, checkpoint.tokenizer()
-    seen = load_calibration(paths, tokenizer, tokens=settings["tokens"], seed=settings["seed"])
+    seen = load_calibration(paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
     if seen.sha256 != loaded.identity.calibration.sha256:
         raise SystemExit(
             f"{', '.join(map(str, paths))} is not the text that this map was calibrated on "
             f"({loaded.identity.calibration.text}), in its order"
         )
-    more = load_calibration(paths, tokenizer, tokens=settings["tokens"] + count * WINDOW, seed=settings["seed"])
+    more = load_calibration(paths, tokenizer, tokens=settings.tokens + count * WINDOW, seed=settings.seed)
     unseen = more.windows[len(seen.windows) :]
     if len(unseen) < count:
         raise SystemExit(

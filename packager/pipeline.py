@@ -24,8 +24,8 @@ from packager.scoremap.model import IDENTITY_FILE
 from packager.validation.report import ValidationReport, write_report
 
 if TYPE_CHECKING:
+    from packager.scoremap.settings import ScoreSettings
     from packager.scoring.polish_plan import Polishing
-    from packager.scoring.score import ScoreSettings
 
 _ROUNDS = 3
 _MARGIN_SHARE = 0.01

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from packager.planning.plan import LoadedMap, Request
     from packager.profile import DeviceProfile
-    from packager.scoring.acip.training import AcipSettings
+    from packager.scoremap.settings import AcipSettings, ScoreSettings
     from packager.scoring.polish_plan import Polishing
-    from packager.scoring.score import ScoreSettings
 
 _CHECK_FAILED = 3
 SOME_SIZES = 8
@@ -44,6 +43,8 @@ def pack(arguments: argparse.Namespace) -> int:
 def score(arguments: argparse.Namespace) -> int:
     """Compute a map."""
     from packager.cli import render
+
+    settings = _settings(arguments, arguments.provider, float_only=False)  # first, for what follows takes seconds
     from packager.scoring.score import score_model
     from packager.source.checkpoint import open_checkpoint
 
@@ -51,7 +52,7 @@ def score(arguments: argparse.Namespace) -> int:
         done = score_model(
             open_checkpoint(arguments.model),
             arguments.output,
-            _settings(arguments, arguments.provider, float_only=False),
+            settings,
             calibration_paths=arguments.calibration,
             device=arguments.device,
             force=arguments.force,
@@ -303,7 +304,7 @@ def _budget(text: str | None, profile: DeviceProfile) -> int | None:
 
 
 def _settings(arguments: argparse.Namespace, provider: str, *, float_only: bool) -> ScoreSettings:
-    from packager.scoring.score import QUICK_TOKENS, ScoreSettings
+    from packager.scoremap.settings import QUICK_TOKENS, ScoreSettings
 
     tokens = min(arguments.tokens, QUICK_TOKENS) if arguments.quick else arguments.tokens
     return ScoreSettings(
@@ -319,7 +320,7 @@ def _settings(arguments: argparse.Namespace, provider: str, *, float_only: bool)
 def _acip_settings(arguments: argparse.Namespace) -> AcipSettings | None:
     """None for the curvature method, whose settings these are not."""
     from packager.errors import UsageError
-    from packager.scoring.acip.training import QUICK_ACIP, AcipSettings
+    from packager.scoremap.settings import QUICK_ACIP, AcipSettings
 
     fields = {
         "steps": "steps",

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from packager.errors import ArtifactError
+from packager.errors import ArtifactError, UsageError
 from packager.io.files import inner_path, read_json, sha256_file
 from packager.io.records import from_plain
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
 from packager.scoremap.model import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE
+from packager.scoremap.settings import ScoreSettings, without_retired
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,7 @@ class MapIdentity:
     losses: Losses
     probes: tuple[Probe, ...]
     anchors: tuple[Anchor, ...]
-    settings: dict[str, Any]
+    settings: ScoreSettings
     versions: dict[str, str]
     files: dict[str, str]
     int8_cache: CacheScore | None = None
@@ -81,6 +82,16 @@ class MapIdentity:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `map.json`."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> MapIdentity:
+        """The identity in `data`, read from `where`; unknown and missing keys and values out of range are errors."""
+        if isinstance(settings := data.get("settings"), dict):
+            data = data | {"settings": without_retired(settings)}
+        try:
+            return from_plain(cls, data, where)
+        except UsageError as error:
+            raise ArtifactError(f"{where}: settings: {error}: the file is damaged, or of another version") from None
 
 
 def read_identity(folder: Path) -> MapIdentity:
@@ -91,7 +102,7 @@ def read_identity(folder: Path) -> MapIdentity:
         raise ArtifactError(
             f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
         )
-    identity = from_plain(MapIdentity, data, str(path))
+    identity = MapIdentity.from_dict(data, str(path))
     found = sha256_file(folder / MAP_FILE)
     if identity.files.get(MAP_FILE) != found:
         raise ArtifactError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +19,11 @@ from packager.planning.plan import LoadedMap, Plan, form_of
 from packager.progress import Progress
 from packager.scoremap.model import STORE_FILE
 from packager.scoring.polish import Polish, polish
+from packager.scoring.write_map import REFERENCE_FILE
 from packager.source.calibration_text import load_calibration
 from packager.source.checkpoint import Checkpoint
 from packager.source.unit_weights import Source, find_sources, matrices_of
 
-REFERENCE_FILE = "reference.safetensors"
 _TOKENS = 1 << 19
 
 
@@ -37,7 +36,9 @@ class Polishing:
     calibration_paths: Sequence[Path] = ()
 
 
-def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, progress: Progress) -> dict[str, Any]:
+def polish_plan(
+    loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, progress: Progress
+) -> dict[str, float | str]:
     """Tune the plan's scales and write them to `out`, a safetensors file with `unit|scales` of each unit that moved.
 
     Returns what there is to say of it. Raises UsageError when the model is not the map's.
@@ -49,8 +50,8 @@ def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, 
             f"{identity.model.sha256[:16]}…): its weights differ"
         )
     progress.phase("reading the original model", 1)
-    calibration = load_calibration(
-        polishing.calibration_paths, checkpoint.tokenizer(), tokens=_TOKENS, seed=int(identity.settings["seed"])
+    text = load_calibration(
+        polishing.calibration_paths, checkpoint.tokenizer(), tokens=_TOKENS, seed=identity.settings.seed
     )
     heldout = torch.from_numpy(load_file(loaded.folder / REFERENCE_FILE)["heldout"].astype(np.int64))
     original, packed = checkpoint.load(), checkpoint.load()
@@ -80,17 +81,17 @@ def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, 
             sources,
             forms,
             load,
-            windows=calibration.windows,
+            windows=text.windows,
             heldout=heldout,
             seconds=60 * polishing.minutes,
-            rounds_inputs=identity.settings["provider"] == "cpu",
+            rounds_inputs=identity.settings.kernels.rounds_inputs,
             progress=progress,
         )
     save_file({f"{name}|scales": np.ascontiguousarray(scales) for name, scales in done.scales.items()}, out)
-    return _said(done, polishing, calibration.description)
+    return _said(done, polishing, text.description)
 
 
-def _said(done: Polish, polishing: Polishing, text: str) -> dict[str, Any]:
+def _said(done: Polish, polishing: Polishing, text: str) -> dict[str, float | str]:
     return {
         "minutes": polishing.minutes,
         "steps": done.steps,

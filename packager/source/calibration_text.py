@@ -27,7 +27,7 @@ _MOST_TOKEN_CHARACTERS = 16  # of ordinary text a window of tokens never needs m
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
+class CalibrationText:
     """`windows` (n, 512) and `heldout` (8, 512) of token ids, disjoint; where they come from, and their hash."""
 
     windows: Tensor
@@ -44,7 +44,7 @@ def built_in_text() -> str:
 
 def load_calibration(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
-) -> Calibration:
+) -> CalibrationText:
     """About `tokens` tokens in equal shares from each path, and held-out windows that calibration never sees.
 
     Raises CalibrationError for files that are missing, empty, malformed or together too short.
@@ -68,7 +68,7 @@ def load_calibration(
     mixed = _interleave(order)
     heldout, windows = mixed[:heldout_count], mixed[heldout_count : heldout_count + wanted]
     digest = hashlib.sha256(torch.cat([windows, heldout]).to(torch.int64).numpy().tobytes()).hexdigest()
-    return Calibration(windows=windows, heldout=heldout, description=description, sha256=digest)
+    return CalibrationText(windows=windows, heldout=heldout, description=description, sha256=digest)
 
 
 def nats_per_byte(token_nats: Tensor, windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -171,7 +171,7 @@ def test_the_map_of_other_settings_is_replaced_by_force(
         "-o",
         out,
     )
-    assert read_identity(map_copy).settings["seed"] == 3
+    assert read_identity(map_copy).settings.seed == 3
     assert names(map_copy.parent) == ["copy.map", "out.bundle"]
 
 

@@ -13,10 +13,11 @@ from made_up import correlated, weights_of
 from torch import Tensor
 
 from packager.forms.packing import dequantize
-from packager.forms.registry import BLOCKS, BlockForm, FloatForm, LowRankForm, PivotForm, form_bytes, parse_form
+from packager.forms.registry import BlockForm, FloatForm, LowRankForm, PivotForm, form_bytes, parse_form
 from packager.scoremap.model import Unit
+from packager.scoremap.settings import Kernels
 from packager.scoring.curvature.moments import Curvature
-from packager.scoring.curvature.options import Kernels, forms_for, score_unit
+from packager.scoring.curvature.options import forms_for, score_unit
 from packager.scoring.factors import low_rank, pivoted
 from packager.scoring.low_rank import decompose, pivot_rows
 from packager.scoring.rounding import Feedback, feedback, gptq, grid_of, packed, price, round_to, values
@@ -137,9 +138,7 @@ def test_without_low_bit_kernels_everything_is_float(floats: str, quick: bool, s
     kernels = Kernels(floats=floats, low_bit=False)
     unit = Unit(name="some", kind="linear", rows=shape[0], cols=shape[1], matrix="some")
     hessian = correlated(shape[1], 1)
-    curvature = Curvature(
-        pairs=((hessian, correlated(shape[0], 2)),), rounding=hessian, noise=torch.zeros(len(BLOCKS), shape[1])
-    )
+    curvature = Curvature(pairs=((hessian, correlated(shape[0], 2)),), rounding=hessian, noise={})
     scored = [item.option for item in score_unit(unit, weights_of(*shape), curvature, quick=quick, kernels=kernels)]
     assert [option.form for option in scored] == forms_for(unit, quick=quick, kernels=kernels)
     assert scored[0].form == FloatForm(label=floats)

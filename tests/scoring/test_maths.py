@@ -28,9 +28,11 @@ from packager.forms.registry import (
     parse_form,
 )
 from packager.scoremap.model import Unit
+from packager.scoremap.settings import Kernels
 from packager.scoring.curvature.moments import Curvature, collect
-from packager.scoring.curvature.options import Kernels, forms_for, large_unit, score_unit
+from packager.scoring.curvature.options import forms_for, score_unit
 from packager.scoring.low_rank import decompose, refit_left
+from packager.scoring.method import large_unit
 from packager.scoring.rounding import (
     Feedback,
     Rounded,
@@ -299,7 +301,8 @@ def test_every_option_of_a_unit_has_its_bytes_and_its_price(kind: str, quick: bo
     pairs = {"linear": ((hessian, gradient),), "tied": ((hessian, diagonal), (correlated(72, 3), diagonal))}.get(
         kind, ((hessian, diagonal),)
     )
-    noise = torch.rand(len(BLOCKS), 72, generator=torch.Generator().manual_seed(5)) / 100
+    generator = torch.Generator().manual_seed(5)
+    noise = {block: torch.rand(72, generator=generator) / 100 for block in BLOCKS}
     curvature = Curvature(pairs=pairs, rounding=hessian, noise=noise)
     scored = list(score_unit(unit, weights, curvature, quick=quick))
     assert [item.option.form for item in scored] == forms_for(unit, quick=quick)
@@ -311,7 +314,7 @@ def test_every_option_of_a_unit_has_its_bytes_and_its_price(kind: str, quick: bo
         inputs = (
             0.0
             if isinstance(form, FloatForm)
-            else activation_price(weights, noise[BLOCKS.index(activation_block(form) or 0)], pairs[0][1])
+            else activation_price(weights, noise[activation_block(form) or 0], pairs[0][1])
         )
         assert item.option.loss_nats == pytest.approx(
             sum(price(error, h, g) for h, g in pairs) + inputs, rel=1e-4, abs=1e-12
@@ -402,14 +405,14 @@ def test_curvature_is_what_autograd_gives(name: str, batch: int, exact: bool, mo
     sources = find_sources(matrices_of(model), model)
     windows = torch.randint(2, 384, (3, 48), generator=torch.Generator().manual_seed(0))
     done: list[int] = []
-    found = collect(model, sources, windows, seed=0, batch=batch, sampled=False, progress=done.append)
+    found = collect(model, sources, windows, blocks=BLOCKS, batch=batch, progress=done.append)
     assert done[-1] == 3
     expected = naive(model, sources, windows)
     assert set(found) == set(expected)
     for unit, tensors in expected.items():
         flat = [tensor for pair in found[unit].pairs for tensor in pair]
         if len(tensors) == 4 and len(flat) == 2:  # a linear layer, whose other moments are of the tokens' weights too
-            flat += [found[unit].rounding, found[unit].noise]
+            flat += [found[unit].rounding, torch.stack([found[unit].noise[block] for block in BLOCKS])]
         assert len(flat) == len(tensors)
         if not exact:  # an input on the edge of two codes rounds either way
             flat, tensors = flat[:3], tensors[:3]
@@ -431,7 +434,7 @@ def test_collecting_leaves_the_model_as_it_was() -> None:
     windows = torch.randint(2, 384, (1, 32))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     precision = torch.get_float32_matmul_precision()
-    collect(model, sources, windows, seed=0, batch=1, sampled=False, progress=lambda count: None)
+    collect(model, sources, windows, blocks=(64,), batch=1, progress=lambda count: None)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
         "model.norm.weight"
@@ -449,28 +452,25 @@ def test_a_stop_in_the_middle_leaves_the_model_as_it_was() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(model, sources, torch.randint(2, 384, (2, 32)), seed=0, batch=1, sampled=False, progress=interrupt)
+        collect(model, sources, torch.randint(2, 384, (2, 32)), blocks=(64,), batch=1, progress=interrupt)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_sampled_labels_are_seeded() -> None:
+def test_the_noise_of_one_block_does_not_depend_on_the_others() -> None:
     model = random_model("llama")
-    sources = [
-        source
-        for source in find_sources(matrices_of(model), model)
-        if source.unit.name.endswith("layers.1.mlp.down_proj")
-    ]
+    sources = find_sources(matrices_of(model), model)
     windows = torch.randint(2, 384, (2, 64), generator=torch.Generator().manual_seed(0))
 
-    def moments(seed: int) -> Tensor:
-        (item,) = collect(
-            model, sources, windows, seed=seed, batch=1, sampled=True, progress=lambda count: None
-        ).values()
-        return item.pairs[0][1]
+    def noise(*blocks: int) -> dict[str, dict[int, Tensor]]:
+        found = collect(model, sources, windows, blocks=blocks, batch=1, progress=lambda count: None)
+        return {name: item.noise for name, item in found.items()}
 
-    assert torch.equal(moments(1), moments(1))
-    assert not torch.equal(moments(1), moments(2))
+    some, every = noise(64), noise(*BLOCKS)
+    assert all(set(item) == {64} for item in some.values())
+    for name, item in every.items():
+        torch.testing.assert_close(some[name][64], item[64])
+    assert all(not item for item in noise().values())
 
 
 @pytest.mark.parametrize(

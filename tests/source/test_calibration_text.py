@@ -14,12 +14,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from packager.errors import CalibrationError
-from packager.source.calibration_text import WINDOW, Calibration, built_in_text, load_calibration
+from packager.source.calibration_text import WINDOW, CalibrationText, built_in_text, load_calibration
 
 TEXT = random_text(5, 4500)
 
 
-def load(*paths: Path, tokenizer: PreTrainedTokenizerFast, tokens: int = 2048, seed: int = 0) -> Calibration:
+def load(*paths: Path, tokenizer: PreTrainedTokenizerFast, tokens: int = 2048, seed: int = 0) -> CalibrationText:
     return load_calibration(paths, tokenizer, tokens=tokens, seed=seed)
 
 

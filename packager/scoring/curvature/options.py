@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms.kinds import KINDS, Kind
 from packager.forms.registry import (
-    BLOCKS,
     BlockForm,
     FloatForm,
     Form,
@@ -22,12 +17,12 @@ from packager.forms.registry import (
     parse_form,
 )
 from packager.scoremap.model import Option, Unit
+from packager.scoremap.settings import Kernels
 from packager.scoring.curvature.moments import Curvature
 from packager.scoring.factors import low_rank, pivoted, stored
 from packager.scoring.low_rank import Spectrum, decompose
 from packager.scoring.rounding import activation_price, feedback, packed, price, round_to, values
-
-Arrays = dict[str, NDArray[np.generic]]
+from packager.scoring.scored import Arrays, Scored
 
 LINEAR_FORMS = (
     *("q8g32", "q8g64", "q8g128"),
@@ -46,27 +41,7 @@ _FLOAT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _QUICK_FLOAT_SHARES = (0.25, 0.5, 0.75)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
-    """What a device multiplies by: floats as its graph holds them ("f32" or "f16"), and codes of few bits or not.
-
-    `rounds_inputs`: whether the kernels for codes round what they multiply to 8 bits, as those for CPUs do.
-    """
-
-    floats: str = "f32"
-    low_bit: bool = True
-    rounds_inputs: bool = True
-
-
 ALL_KERNELS = Kernels()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """An option and its packed tensors."""
-
-    option: Option
-    tensors: Arrays
 
 
 def forms_for(unit: Unit, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> list[Form]:
@@ -93,18 +68,6 @@ def forms_for(unit: Unit, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> lis
     return forms
 
 
-def large_unit(kind: Kind) -> Unit:
-    """A unit for which no form is too long: what is tried for it is all that is ever tried."""
-    return Unit(name=kind, kind=kind, rows=1 << 12, cols=1 << 12, matrix=kind)
-
-
-def forms_tried(*, quick: bool, kernels: Kernels) -> list[str]:
-    """Every kind of unit with the labels of the forms it is tried in."""
-    return [
-        f"{kind} {form.label}" for kind in KINDS for form in forms_for(large_unit(kind), quick=quick, kernels=kernels)
-    ]
-
-
 def _ranks(unit: Unit, shares: Sequence[float], multiple: int) -> list[int]:
     """The multiples of `multiple` at shares of the full rank, rising."""
     ranks = {int(min(unit.rows, unit.cols) * share) // multiple * multiple for share in shares}
@@ -129,8 +92,7 @@ def score_unit(
     weights = weights.float()
     # The first pair is that of the products, whose kernels round their inputs.
     noise = {
-        block: activation_price(weights, row, curvature.pairs[0][1])
-        for block, row in zip(BLOCKS, curvature.noise, strict=True)
+        block: activation_price(weights, variance, curvature.pairs[0][1]) for block, variance in curvature.noise.items()
     }
     for form, approximation, tensors in _made(weights, curvature, forms_for(unit, quick=quick, kernels=kernels)):
         error = approximation - weights
@@ -143,19 +105,19 @@ def score_unit(
 
 def _made(weights: Tensor, curvature: Curvature, forms: Sequence[Form]) -> Iterator[tuple[Form, Tensor, Arrays]]:
     """(form, values, tensors) of `weights` in each of `forms`; those in codes are made side by side."""
-    spread = feedback(curvature.rounding)
+    error_feedback = feedback(curvature.rounding)
     spectrum: Spectrum | None = None
-    rounded = round_to(weights, [form for form in forms if isinstance(form, BlockForm | SplitForm)], spread)
+    rounded = round_to(weights, [form for form in forms if isinstance(form, BlockForm | SplitForm)], error_feedback)
     for form in forms:
         match form:
             case FloatForm():
-                yield form, *stored(weights, form, spread)
+                yield form, *stored(weights, form, error_feedback)
             case BlockForm() | SplitForm():
                 codes = next(rounded)
                 yield form, values(codes, form), packed(codes, form)
             case LowRankForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                yield form, *low_rank(weights, spectrum, form, spread)
+                yield form, *low_rank(weights, spectrum, form, error_feedback)
             case PivotForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                yield form, *pivoted(weights, spectrum, form, spread)
+                yield form, *pivoted(weights, spectrum, form, error_feedback)

@@ -1,0 +1,123 @@
+"""Every file of a map, written into its folder in one place."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from packager.graph.kv_cache_codes import CACHE_ROLES, scale_name
+from packager.graph.skeleton import GENAI_FILE
+from packager.io.files import dump_json, read_json, sha256_file, write_text
+from packager.io.safetensors_ranges import join, sha256_region
+from packager.memory.geometry import Geometry, read_geometry
+from packager.scoremap.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity
+from packager.scoremap.model import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, ScoreMap, map_tensors
+from packager.scoring.bench import Bench, Subject
+from packager.scoring.correction import Measured
+from packager.scoring.kv_cache_price import KvCachePrice
+from packager.scoring.workspace import Workspace
+from packager.source.checkpoint import vectors
+
+REFERENCE_FILE = "reference.safetensors"
+SKELETON_FOLDER = "skeleton"
+SIDE_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapContent:
+    """All that a map is made of: the bench with the finished options, what was measured, what 8-bit caches cost."""
+
+    bench: Bench
+    measured: Measured
+    kv_cache: KvCachePrice
+
+
+def write_map(folder: Path, content: MapContent) -> MapIdentity:
+    """Write the map's files into the empty `folder`, `map.json` last, with the hash of every other."""
+    subject = content.bench.subject
+    _write_store(folder, content.bench.work, content.measured.scoremap)
+    arrays, metadata = map_tensors(content.measured.scoremap)
+    save_file(arrays, folder / MAP_FILE, metadata=metadata)
+    shutil.copytree(content.bench.work.skeletons, folder / SKELETON_FOLDER)
+    subject.checkpoint.save_side_files(folder / SIDE_FOLDER, subject.config, subject.tokenizer)
+    save_file(_reference(content), folder / REFERENCE_FILE)
+    identity = _identity(folder, content)
+    write_text(folder / IDENTITY_FILE, dump_json(identity.to_dict()))
+    return identity
+
+
+def _write_store(folder: Path, work: Workspace, scoremap: ScoreMap) -> None:
+    """Join what the map needs of the units' files into its one store, with a digest of every tensor."""
+    entries = [
+        (f"{unit.name}|{key}", tensor)
+        for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
+        for key, tensor in work.stored_tensors(unit, chain).items()
+    ]
+    join(entries, folder / STORE_FILE)
+    write_text(folder / DIGESTS_FILE, dump_json({key: sha256_region(tensor.region) for key, tensor in entries}))
+
+
+def _reference(content: MapContent) -> dict[str, NDArray[np.generic]]:
+    """The model's vectors, the held-out windows with the loss of their tokens, and the steps of 8-bit caches."""
+    reference: dict[str, NDArray[np.generic]] = {
+        f"vector.{name}": tensor.numpy() for name, tensor in vectors(content.bench.subject.model)
+    }
+    reference |= {
+        "heldout": content.bench.heldout.numpy().astype("int32"),
+        "heldout_nats": content.measured.token_nats.float().cpu().numpy(),
+    }
+    for layer, pair in content.kv_cache.steps.items():
+        for role, step in zip(CACHE_ROLES, pair, strict=True):
+            reference[scale_name(layer, role)] = step.numpy()
+    return reference
+
+
+def _identity(folder: Path, content: MapContent) -> MapIdentity:
+    text, measured = content.bench.text, content.measured
+    return MapIdentity(
+        schema=SCHEMA,
+        model=_model_identity(content.bench.subject),
+        geometry=_geometry(folder, content),
+        calibration=CalibrationIdentity(text=text.description, sha256=text.sha256, tokens=text.windows.numel()),
+        losses=Losses(heldout_nats=measured.heldout_nats),
+        probes=measured.probes,
+        anchors=measured.anchors,
+        settings=content.bench.settings,
+        versions={name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
+        files=_hashes(folder),
+        int8_cache=content.kv_cache.score,
+    )
+
+
+def _model_identity(subject: Subject) -> ModelIdentity:
+    source, config = subject.checkpoint.source, subject.config
+    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+    return ModelIdentity(
+        name=subject.checkpoint.name,
+        source=Path(source).name if Path(source).is_absolute() else source,
+        sha256=subject.sha256,
+        architecture=(config.architectures or ["?"])[0],
+        parameters=parameters,
+        float16_bytes=2 * parameters,
+        max_context_tokens=int(config.max_position_embeddings),
+    )
+
+
+def _geometry(folder: Path, content: MapContent) -> Geometry:
+    genai = read_json(folder / SKELETON_FOLDER / content.bench.settings.provider / GENAI_FILE)
+    tokenizer = folder / SIDE_FOLDER / "tokenizer.json"
+    return read_geometry(
+        content.bench.subject.config, nodes=content.bench.skeleton.nodes, tokenizer=tokenizer, genai=genai
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
