@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from packager.forms.packing import dequantize
 from packager.forms.registry import parse_form
 from packager.io.files import dump_json, sha256_json, write_text
 from packager.io.safetensors_ranges import StoredTensor, join, read_header, sha256_region
@@ -111,7 +110,7 @@ def load_weights(work: Path, unit: Unit, option: Option) -> torch.Tensor:
         tensors = {
             name: file.get_tensor(f"{option.form.label}|{name}") for name in option.form.tensors(unit.rows, unit.cols)
         }
-    return torch.from_numpy(dequantize(option.form, tensors, unit.rows, unit.cols))
+    return torch.from_numpy(option.form.dequantize(tensors, unit.rows, unit.cols))
 
 
 def write_store(work: Path, scoremap: ScoreMap, out: Path) -> None:

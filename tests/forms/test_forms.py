@@ -7,20 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms.registry import (
-    BITS,
-    BLOCKS,
-    BlockForm,
-    FloatForm,
-    Form,
-    LowRankForm,
-    PivotForm,
-    SplitForm,
-    form_bytes,
-    form_nodes,
-    has_kernels,
-    parse_form,
-)
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, form_bytes, form_nodes, has_kernels, parse_form
+from packager.forms.split import SplitForm
 
 block_forms = st.builds(BlockForm, bits=st.sampled_from(BITS), block=st.sampled_from(BLOCKS), zeros=st.booleans())
 float_forms = st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")])

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from packager.forms.registry import FloatForm, form_bytes, parse_form
+from packager.forms.floats import FloatForm
+from packager.forms.registry import form_bytes, parse_form
 from packager.memory.fit import NOT_OF_THE_DEVICE, Finding, Held, Reading, Workload, WorkUnit, fit
 from packager.memory.geometry import Geometry
 from packager.memory.model import activation_bytes, cache_bytes, resident_bytes
@@ -84,7 +85,7 @@ def measured(workload: Workload, true: MemoryCoefficients, noise: int = 0, heap:
     geometry = workload.geometry
     packed = 0
     for unit in workload.units:
-        if unit.role != "embedding":
+        if unit.kind != "embedding":
             packed += resident_bytes(unit.form, unit.rows, unit.cols, kind="head", coefficients=true)
             if not isinstance(unit.form, FloatForm):
                 packed -= (

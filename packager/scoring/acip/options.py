@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from packager.forms.registry import BLOCKS, BlockForm, FloatForm, LowRankForm, activation_block
+from packager.forms.blocks import BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
 from packager.progress import Progress
 from packager.scoremap.model import Option, Unit
 from packager.scoring.acip.gates import OPEN, SCALE, shares_along, stored_elements, total_order
@@ -190,9 +194,11 @@ def ranked_options(
                 wanted = target.left @ target.right
                 values, tensors = low_rank(wanted, target, form, spread)
                 loss = float(ranking.nats[kept])
+            case _:
+                assert_never(form)
         if not isinstance(form, FloatForm):
             loss += price(values - wanted, hessian, gradient)
-        if kernels.rounds_inputs and (block := activation_block(form)) is not None:
+        if kernels.rounds_inputs and (block := form.activation_block) is not None:
             loss += activation_price(weights, curvature.noise[BLOCKS.index(block)], gradient)
         size = sum(tensor.nbytes for tensor in tensors.values())
         yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)

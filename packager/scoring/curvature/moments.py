@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packager.forms.registry import BLOCKS
+from packager.forms.codes import BLOCKS
 from packager.scoring.rounding import activation_error
 from packager.source.unit_weights import Source
 
