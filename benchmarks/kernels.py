@@ -4,7 +4,7 @@
                                  [--provider CPUExecutionProvider] [--json FILE]
 
 One row of activations is a decoded token, 128 are a chunk of a prompt. The forms take turns, and the best of their
-times counts. `packager.forms.registry.KERNEL_BLOCKS` is the last column's source; where it is right, no form with a
+times counts. `packager.forms.blocks.KERNEL_BLOCKS` is the last column's source; where it is right, no form with a
 kernel is anywhere near as slow as one without. Speeds mean nothing on a busy machine.
 """
 

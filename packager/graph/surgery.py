@@ -19,7 +19,7 @@ from packager.errors import ExportError
 from packager.forms.base import TableForm, TensorSpec
 from packager.forms.registry import Form
 from packager.graph.drawing import NodeDrawing, constant
-from packager.graph.kv_cache_codes import Scales, quantise_caches
+from packager.graph.kv_cache_codes import LayerScales, quantise_caches
 from packager.graph.names import EMBEDDING
 from packager.io.safetensors_ranges import Region
 
@@ -60,7 +60,7 @@ class GraphOptions:
 
     context_tokens: int
     accuracy_level: int
-    cache_scales: Scales | None = None
+    cache_scales: LayerScales | None = None
 
 
 def write_model(skeleton: Path, placements: Iterable[Placement], options: GraphOptions, out: Path) -> dict[str, int]:
@@ -69,7 +69,7 @@ def write_model(skeleton: Path, placements: Iterable[Placement], options: GraphO
     Returns the bytes written for each unit. Raises ExportError when units and nodes do not match one to one.
     """
     model = ir.load(skeleton)
-    _bound_rotary_caches(model.graph, options.context_tokens)
+    _bound_rotary_tables(model.graph, options.context_tokens)
     if options.cache_scales is not None:
         quantise_caches(model.graph, options.cache_scales)
     sizes: dict[str, int] = {}
@@ -288,7 +288,7 @@ class _Surgeon:
         return NodeDrawing(self._graph, nodes, initializer, base=base, prefix=prefix, accuracy_level=level)
 
 
-def _bound_rotary_caches(graph: ir.Graph, context_tokens: int) -> None:
+def _bound_rotary_tables(graph: ir.Graph, context_tokens: int) -> None:
     """Cut the rotary tables to the context: the exporter writes the model's longest, which is memory for nothing."""
     for name, value in graph.initializers.items():
         tensor = value.const_value

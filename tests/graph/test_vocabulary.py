@@ -74,8 +74,8 @@ def test_every_part_is_looked_up_by_tokens_of_its_own(
 ) -> None:
     # The edges of every part, so that an index off by one would take a row of the neighbour.
     edges = np.array([0, 1, 191, 192, 193, 767, 768, 769, 1535, 1536, 2303, 5, 2000, 400])
-    monkeypatch.setattr("test_graph.IDS", edges)
-    monkeypatch.setattr("test_graph.torch_logits.__defaults__", (edges,))
+    monkeypatch.setattr("test_surgery.IDS", edges)
+    monkeypatch.setattr("test_surgery.torch_logits.__defaults__", (edges,))
     check(cut, by_part({0: "q8g64", 192: "q4g32z", 768: "q4g64z", 1536: "q8g32"}), tmp_path)
     (tmp_path / "split").mkdir()
     check(cut, by_part({0: "q8g64", 192: "q6g64", 768: "q4g64z", 1536: "q6g32"}), tmp_path / "split")
