@@ -18,7 +18,7 @@ BITS = (2, 4, 8)
 KERNEL_BLOCKS = {2: (32, 64, 128), 4: BLOCKS, 8: BLOCKS}
 """bits → blocks that ONNX Runtime's CPU has kernels for (`Kernel.fast`)."""
 _LANES_2BIT = 4
-_LABEL = re.compile(r"q([248])g(16|32|64|128|256)(z?)")
+_LABEL = re.compile(rf"q({'|'.join(map(str, BITS))})g({'|'.join(map(str, BLOCKS))})(z?)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

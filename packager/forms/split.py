@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from packager.forms.base import Arrays, Bytes, Floats, TensorSpec
 from packager.forms.blocks import BlockForm
-from packager.forms.codes import CodesForm
+from packager.forms.codes import BLOCKS, CodesForm
 from packager.forms.drawing import Drawing, Kernel, Value
 
-_LABEL = re.compile(r"q6g(16|32|64|128|256)")
+_LABEL = re.compile(rf"q6g({'|'.join(map(str, BLOCKS))})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
