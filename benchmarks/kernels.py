@@ -4,7 +4,7 @@
                                  [--provider CPUExecutionProvider] [--json FILE]
 
 One row of activations is a decoded token, 128 are a chunk of a prompt. The forms take turns, and the best of their
-times counts. `packager.forms.registry.KERNEL_BLOCKS` is the last column's source; where it is right, no form with a
+times counts. `packager.forms.blocks.KERNEL_BLOCKS` is the last column's source; where it is right, no form with a
 kernel is anywhere near as slow as one without. Speeds mean nothing on a busy machine.
 """
 
@@ -20,7 +20,10 @@ import onnxruntime as ort
 from common import show
 from onnx import TensorProto, helper, numpy_helper
 
-from packager.forms.registry import BITS, BLOCKS, BlockForm, FloatForm, form_bytes, has_kernels
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
+from packager.forms.registry import form_bytes, has_kernels
 
 _CHUNK = 128
 _ROUNDS = 5

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from packager.forms.registry import parse_form
 from packager.memory.calibrate import read_process
-from packager.memory.synthetic import Case, Sample, make_config, make_sample
+from packager.memory.synthetic import ProcessSettings, SyntheticModel, make_config, make_synthetic
 from packager.profile import MemoryCoefficients, load_profile
 from packager.runtime.memory_probe import NEW_TOKENS
 
@@ -74,14 +74,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def cases(name: str, quick: bool) -> list[Case]:
+def cases(name: str, quick: bool) -> list[ProcessSettings]:
     """Every form with a short and with a full prompt, then longer contexts in one form, then two products a matrix in
     shorter chunks."""
 
-    def case(form: str, head: str, context: int, prompt: int, cache: str = "float", chunk: int = CHUNK_TOKENS) -> Case:
+    def case(
+        form: str, head: str, context: int, prompt: int, cache: str = "float", chunk: int = CHUNK_TOKENS
+    ) -> ProcessSettings:
         forms = {"form": parse_form(form), "head": parse_form(head)}
-        return Case(
-            **forms, context_tokens=context, prompt_tokens=prompt, chunk_tokens=chunk, threads=THREADS, cache=cache
+        return ProcessSettings(
+            **forms, context_tokens=context, prompt_tokens=prompt, chunk_tokens=chunk, threads=THREADS, kv_cache=cache
         )
 
     forms = FORMS[1::2] if quick else FORMS
@@ -119,12 +121,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs.items():
             tokenizer = options.model / "tokenizer.json" if options.model and name == options.model.name else None
-            sample = make_sample(name, config, Path(scratch, name), tokenizer=tokenizer)
+            model = make_synthetic(name, config, Path(scratch, name), tokenizer=tokenizer)
             for case in cases(name, options.quick):
-                results.append(row := run_case(sample, case, coefficients, Path(scratch, "bundle")))
+                results.append(row := run_case(model, case, coefficients, Path(scratch, "bundle")))
                 mib = {key: row[key] / 2**20 for key in ("measured", "anonymous", "mapped", "predicted")}
                 print(
-                    f"{name:12}{case.form.label:12}{case.head.label:9}{case.cache:6}{case.context_tokens:8}{case.prompt_tokens:8}{mib['measured']:10.1f}"
+                    f"{name:12}{case.form.label:12}{case.head.label:9}{case.kv_cache:6}{case.context_tokens:8}{case.prompt_tokens:8}{mib['measured']:10.1f}"
                     f"{mib['anonymous']:8.1f}{mib['mapped']:8.1f}{mib['predicted']:11.1f}{row['error']:+8.1%}  "
                     f"{row['peak_phase']}",
                     flush=True,
@@ -151,17 +153,19 @@ def main() -> int:
     return int(not met)
 
 
-def run_case(sample: Sample, case: Case, coefficients: MemoryCoefficients, bundle: Path) -> dict[str, Any]:
+def run_case(
+    model: SyntheticModel, case: ProcessSettings, coefficients: MemoryCoefficients, bundle: Path
+) -> dict[str, Any]:
     """Predict, and measure in a fresh process. Bytes throughout."""
-    found = read_process(sample, case, bundle)
+    found = read_process(model, case, bundle)
     if isinstance(found, str):
-        raise SystemExit(f"{sample.name} {case}: the process {found}")
+        raise SystemExit(f"{model.name} {case}: the process {found}")
     predicted = found.workload.estimate(coefficients)
     return {
-        "shape": sample.name,
+        "shape": model.name,
         "form": case.form.label,
         "head": case.head.label,
-        "cache": case.cache,
+        "cache": case.kv_cache,
         "context_tokens": case.context_tokens,
         "prompt_tokens": case.prompt_tokens,
         "predicted": predicted.peak_bytes,

@@ -26,8 +26,11 @@ from common import show, torch_losses
 from safetensors import safe_open
 
 from packager.cli.progress_bars import Bars
-from packager.forms.packing import dequantize
-from packager.forms.registry import BlockForm, FloatForm, Form, LowRankForm, PivotForm, form_bytes
+from packager.forms.blocks import BlockForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, form_bytes
 from packager.graph.skeleton import Matrix
 from packager.planning.plan import load_map
 from packager.planning.size_curve import standard_error
@@ -180,7 +183,7 @@ def from_store(folder: Path, unit: Unit, form: Form) -> torch.Tensor:
         tensors = {
             name: file.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)
         }
-    return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
+    return torch.from_numpy(form.dequantize(tensors, unit.rows, unit.cols))
 
 
 def acip_settings(arguments: argparse.Namespace, basis: str) -> AcipSettings:

@@ -29,7 +29,6 @@ from common import show
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from packager.forms.packing import dequantize
 from packager.io.files import sha256_json
 from packager.planning.plan import LoadedMap, load_map
 from packager.planning.solver import choice_at, total_bytes, total_loss
@@ -171,7 +170,7 @@ def measure_cases(
                 name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
                 for name in form.tensors(unit.rows, unit.cols)
             }
-            return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
+            return torch.from_numpy(form.dequantize(tensors, unit.rows, unit.cols))
 
         def ask(chosen: Mapping[str, Option]) -> tuple[float, float]:
             with torch.no_grad(), perturbed(model, sources, chosen, load):

@@ -18,7 +18,7 @@ from packager.sizes import format_size
 from packager.validation.report import ValidationReport, round_text, shown, verdict
 
 if TYPE_CHECKING:
-    from packager.memory.calibrate import Calibration
+    from packager.memory.calibrate import MeasuredCoefficients
 
 _BAR = 30
 
@@ -172,7 +172,7 @@ def profile_text(profile: DeviceProfile) -> str:
     return f"{profile.toml.rstrip()}\n\n# memory coefficients: {profile.coefficients.provenance}"
 
 
-def calibration_text(found: Calibration) -> str:
+def calibration_text(found: MeasuredCoefficients) -> str:
     """Every coefficient with its default, then how well they predict processes that the fit has not seen."""
     lines = [
         f"memory coefficients of {found.coefficients.provenance}",

@@ -31,7 +31,7 @@ def measure_steps(model: torch.nn.Module, windows: Tensor, facts: CacheFacts) ->
     def see(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         found = [
             states.float().amax((0, 2))
-            for states in (pair_norms(keys, facts.turned, interleaved=facts.interleaved), values.abs())
+            for states in (pair_norms(keys, facts.rotary_channels, interleaved=facts.rotary_interleaved), values.abs())
         ]
         if layer in ranges:
             found = [torch.maximum(one, other) for one, other in zip(found, ranges[layer], strict=True)]

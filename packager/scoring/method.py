@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from packager.forms.kinds import KINDS, Kind
-from packager.forms.registry import Form, activation_block
+from packager.forms.registry import Form
 from packager.scoremap.model import Unit
 from packager.scoremap.settings import Kernels
 from packager.scoring.bench import Bench
@@ -50,5 +50,5 @@ def rounded_blocks(method: ScoringMethod, units: Iterable[Unit], kernels: Kernel
     """Elements of an input that kernels of the forms tried for `units` round together, each size once, rising."""
     if not kernels.rounds_inputs:
         return ()
-    blocks = {activation_block(form) for unit in units for form in method.forms(unit)}
+    blocks = {form.activation_block for unit in units for form in method.forms(unit)}
     return tuple(sorted(block for block in blocks if block is not None))

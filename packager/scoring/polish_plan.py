@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from packager.errors import UsageError
-from packager.forms.packing import dequantize
-from packager.forms.registry import FloatForm, Form
+from packager.forms.floats import FloatForm
+from packager.forms.registry import Form
 from packager.planning.plan import LoadedMap, Plan, form_of
 from packager.progress import Progress
 from packager.scoremap.model import STORE_FILE
@@ -72,7 +72,7 @@ def polish_plan(
                 form, unit = forms[source.unit.name], source.unit
                 if not isinstance(form, FloatForm):
                     source.weight(packed).copy_(
-                        torch.from_numpy(dequantize(form, load(source, form), unit.rows, unit.cols))
+                        torch.from_numpy(form.dequantize(load(source, form), unit.rows, unit.cols))
                     )
         progress.advance()
         done = polish(

@@ -26,7 +26,6 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from packager.forms.packing import dequantize
 from packager.forms.registry import parse_form
 from packager.io.files import sha256_json, write_text
 from packager.io.safetensors_ranges import StoredTensor, read_header
@@ -159,7 +158,7 @@ class Workspace:
                 name: file.get_tensor(f"{option.form.label}|{name}")
                 for name in option.form.tensors(unit.rows, unit.cols)
             }
-        return torch.from_numpy(dequantize(option.form, tensors, unit.rows, unit.cols))
+        return torch.from_numpy(option.form.dequantize(tensors, unit.rows, unit.cols))
 
     def stored_tensors(self, unit: Unit, chain: Iterable[Option]) -> dict[str, StoredTensor]:
         """Where the tensors of some of a unit's finished options lie, by `label|name`."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from packager.graph.kv_cache_codes import CACHE_ROLES, scale_name
-from packager.graph.skeleton import GENAI_FILE
+from packager.graph.names import GENAI_FILE
 from packager.io.files import dump_json, read_json, sha256_file, write_text
 from packager.io.safetensors_ranges import join, sha256_region
 from packager.memory.geometry import Geometry, read_geometry

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from packager.bundle.manifest import Manifest
 from packager.bundle.writer import GRAPH_FILE, REFERENCE_FILE
 from packager.errors import ArtifactError
-from packager.forms.packing import dequantize
 from packager.forms.registry import Form
 from packager.graph.kv_cache_codes import read_scales
 from packager.profile import INT8
@@ -105,7 +104,7 @@ def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np
         if value is None or value.const_value is None:
             raise ArtifactError(f"the graph has no {name}.{part}: graph and manifest do not belong together")
         stored[part] = value.const_value
-    weights = dequantize(form, {part: np.asarray(tensor.numpy()) for part, tensor in stored.items()}, rows, cols)
+    weights = form.dequantize({part: np.asarray(tensor.numpy()) for part, tensor in stored.items()}, rows, cols)
     for tensor in stored.values():
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()

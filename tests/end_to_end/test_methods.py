@@ -14,7 +14,10 @@ from test_cli import Stop, least_budget, names, packager_, profile, succeed  # n
 
 from packager.bundle.writer import GRAPH_FILE, open_bundle
 from packager.cli.progress_bars import Bars
-from packager.forms.registry import FloatForm, LowRankForm, PivotForm, parse_form
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import parse_form
 from packager.profile import profile_folder
 from packager.runtime.sessions import full_logits_session, run_window
 from packager.scoremap.model import read_map

@@ -20,7 +20,7 @@ from test_surgery import FLOAT_KERNELS, IDS, build, export, place, torch_logits
 from packager.bundle.writer import GRAPH_FILE, open_bundle, write_contents, write_manifest
 from packager.cli.command import main
 from packager.errors import ExportError, InfeasibleBudgetError, ProfileError, UsageError
-from packager.graph.kv_cache_codes import Scales, cache_facts, quantise_caches, read_scales
+from packager.graph.kv_cache_codes import LayerScales, cache_facts, quantise_caches, read_scales
 from packager.graph.skeleton import GRAPH_FILE as SKELETON_FILE
 from packager.planning.kv_cache_choice import offered
 from packager.planning.plan import LoadedMap, Plan, Request, chosen, load_map
@@ -67,7 +67,7 @@ def test_the_graph_computes_what_torch_does_with_rounded_keys_and_values(pico: P
     assert facts.layers == tuple(range(pico.model.config.num_hidden_layers))
     windows = torch.from_numpy(np.random.default_rng(5).integers(2, 384, (2, 100)))
     steps = measure_steps(pico.model, windows, facts)
-    scales: Scales = {layer: (keys.numpy(), values.numpy()) for layer, (keys, values) in steps.items()}
+    scales: LayerScales = {layer: (keys.numpy(), values.numpy()) for layer, (keys, values) in steps.items()}
     placements, model = place(skeleton, lambda source: "f32", tmp_path)
     build(skeleton, placements, tmp_path / "bundle", dataclasses.replace(FLOAT_KERNELS, cache_scales=scales))
     found = run_window(full_logits_session(tmp_path / "bundle" / GRAPH_FILE, threads=1), IDS)

@@ -11,8 +11,10 @@ import torch
 from conftest import random_model
 from test_surgery import Skeleton, check, export
 
-from packager.forms.packing import dequantize
-from packager.forms.registry import BLOCKS, BlockForm, SplitForm, form_bytes, parse_form
+from packager.forms.blocks import BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.registry import form_bytes, parse_form
+from packager.forms.split import SplitForm
 from packager.scoremap.model import Unit
 from packager.scoring.curvature.moments import Curvature
 from packager.scoring.curvature.options import score_unit
@@ -101,7 +103,7 @@ def test_split_codes_lie_between_four_and_eight_bits() -> None:
     assert total.option.loss_nats < single.option.loss_nats / 8
     assert single.option.bytes < total.option.bytes < scored["q8g64"].option.bytes
     assert total.option.bytes == form_bytes(total.option.form, 48, 128)
-    rebuilt = dequantize(total.option.form, total.tensors, 48, 128)
+    rebuilt = total.option.form.dequantize(total.tensors, 48, 128)
     four = parse_form("q4g64z")
     assert isinstance(four, BlockForm)
     coarse = values(next(round_to(weights, [four], feedback(hessian))), four)

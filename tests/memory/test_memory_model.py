@@ -10,18 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
 from packager.forms.kinds import KINDS, Kind
-from packager.forms.registry import (
-    BITS,
-    BLOCKS,
-    BlockForm,
-    FloatForm,
-    Form,
-    LowRankForm,
-    PivotForm,
-    form_bytes,
-    parse_form,
-)
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, form_bytes, parse_form
 from packager.memory.geometry import Geometry, tokenizer_entries
 from packager.memory.model import (
     MemoryEstimate,

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms.registry import LowRankForm, parse_form
+from packager.forms.low_rank import LowRankForm
+from packager.forms.registry import parse_form
 from packager.planning.solver import Solution, choice_at, solve, total_bytes, total_loss
 from packager.scoremap.model import Option, ScoreMap, Unit, hull, make_map, restricted, reweighed
 

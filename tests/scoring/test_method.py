@@ -6,7 +6,6 @@ import pytest
 
 from packager.errors import UsageError
 from packager.forms.kinds import KINDS
-from packager.forms.registry import activation_block
 from packager.scoremap.model import Unit
 from packager.scoremap.settings import QUICK_ACIP, AcipSettings, ScoreSettings
 from packager.scoring.acip.method import AcipMethod
@@ -44,7 +43,7 @@ def test_only_blocks_that_a_tried_form_rounds_by_are_measured() -> None:
 
 @pytest.mark.parametrize("settings", [ScoreSettings(), ScoreSettings(quick=True), ScoreSettings(acip=QUICK_ACIP)])
 def test_every_form_in_codes_has_its_block_measured(settings: ScoreSettings) -> None:
-    tried = {activation_block(form) for unit in UNITS for form in method_of(settings).forms(unit)}
+    tried = {form.activation_block for unit in UNITS for form in method_of(settings).forms(unit)}
     assert tried - {None} == set(blocks(settings))
 
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms.registry import BlockForm, FloatForm, LowRankForm, activation_block
+from packager.forms.blocks import BlockForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
 from packager.scoremap.model import Option, Unit
 from packager.scoremap.settings import AcipSettings, Kernels
 from packager.scoring.acip.gates import OPEN, SCALE, Schedule, shares_along, stored_elements, total_order
@@ -137,9 +140,11 @@ def ranked_options(
                 wanted = target.left @ target.right
                 values, tensors = low_rank(wanted, target, form, error_feedback)
                 loss = float(ranking.nats[kept])
+            case _:
+                assert_never(form)
         if not isinstance(form, FloatForm):
             loss += price(values - wanted, hessian, gradient)
-        if kernels.rounds_inputs and (block := activation_block(form)) is not None:
+        if kernels.rounds_inputs and (block := form.activation_block) is not None:
             loss += activation_price(weights, curvature.noise[block], gradient)
         size = sum(tensor.nbytes for tensor in tensors.values())
         yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)

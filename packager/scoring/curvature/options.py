@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import assert_never
 
 from torch import Tensor
 
-from packager.forms.registry import (
-    BlockForm,
-    FloatForm,
-    Form,
-    LowRankForm,
-    PivotForm,
-    SplitForm,
-    activation_block,
-    parse_form,
-)
+from packager.forms.blocks import BlockForm
+from packager.forms.codes import CodesForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, parse_form
 from packager.scoremap.model import Option, Unit
 from packager.scoremap.settings import Kernels
 from packager.scoring.curvature.moments import Curvature
@@ -33,7 +30,6 @@ LINEAR_FORMS = (
 VOCABULARY_FORMS = ("q8g64", "q8g128", "q6g64", "q6g128", "q4g32z", "q4g64z", "q4g64", "q4g128z")
 QUICK_LINEAR_FORMS = ("q8g64", "q6g64", "q4g64z", "q2g64")
 QUICK_VOCABULARY_FORMS = ("q8g64", "q4g64z")
-_MOST_PADDING = 1.06
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
 _RANK_SHARES = (0.25,)
 _PIVOT_SHARES = (0.25, 0.5)
@@ -61,7 +57,7 @@ def forms_for(unit: Unit, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> lis
     else:
         labels = QUICK_VOCABULARY_FORMS if quick else VOCABULARY_FORMS
     forms: list[Form] = [whole]
-    forms += [form for form in (parse_form(label) for label in labels) if _fits(form, unit.cols)]
+    forms += [form for form in (parse_form(label) for label in labels) if form.fills(unit.cols)]
     if unit.kind == "linear" and not quick:
         forms += [LowRankForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _RANK_SHARES, _FACTORS.block)]
         forms += [PivotForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _PIVOT_SHARES, _FACTORS.block)]
@@ -72,17 +68,6 @@ def _ranks(unit: Unit, shares: Sequence[float], multiple: int) -> list[int]:
     """The multiples of `multiple` at shares of the full rank, rising."""
     ranks = {int(min(unit.rows, unit.cols) * share) // multiple * multiple for share in shares}
     return sorted(rank for rank in ranks if rank)
-
-
-def _fits(form: Form, cols: int) -> bool:
-    """Whether rows of `cols` fill the form's blocks: padding costs bytes and wins nothing. The narrow ones
-    always may."""
-    match form:
-        case BlockForm(block=block):
-            return block <= 64 or form.blocks(cols) * block <= _MOST_PADDING * cols
-        case SplitForm(high=high):
-            return _fits(high, cols)
-    return True
 
 
 def score_unit(
@@ -97,7 +82,7 @@ def score_unit(
     for form, approximation, tensors in _made(weights, curvature, forms_for(unit, quick=quick, kernels=kernels)):
         error = approximation - weights
         loss = 0.0 if isinstance(form, FloatForm) else sum(price(error, h, g) for h, g in curvature.pairs)
-        if kernels.rounds_inputs and (block := activation_block(form)) is not None:
+        if kernels.rounds_inputs and (block := form.activation_block) is not None:
             loss += noise[block]
         size = sum(tensor.nbytes for tensor in tensors.values())
         yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)
@@ -107,12 +92,12 @@ def _made(weights: Tensor, curvature: Curvature, forms: Sequence[Form]) -> Itera
     """(form, values, tensors) of `weights` in each of `forms`; those in codes are made side by side."""
     error_feedback = feedback(curvature.rounding)
     spectrum: Spectrum | None = None
-    rounded = round_to(weights, [form for form in forms if isinstance(form, BlockForm | SplitForm)], error_feedback)
+    rounded = round_to(weights, [form for form in forms if isinstance(form, CodesForm)], error_feedback)
     for form in forms:
         match form:
             case FloatForm():
                 yield form, *stored(weights, form, error_feedback)
-            case BlockForm() | SplitForm():
+            case CodesForm():
                 codes = next(rounded)
                 yield form, values(codes, form), packed(codes, form)
             case LowRankForm():
@@ -121,3 +106,5 @@ def _made(weights: Tensor, curvature: Curvature, forms: Sequence[Form]) -> Itera
             case PivotForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
                 yield form, *pivoted(weights, spectrum, form, error_feedback)
+            case _:
+                assert_never(form)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import packager.scoring.acip.training as acip
 from packager.errors import CalibrationError, UsageError
-from packager.forms.packing import dequantize
-from packager.forms.registry import BLOCKS, FloatForm, LowRankForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
 from packager.progress import Silent
 from packager.scoremap.model import Option, Unit, make_map
 from packager.scoremap.settings import PUBLISHED_STEPS, AcipSettings, Kernels
@@ -460,7 +461,7 @@ def test_every_ranked_option_has_its_bytes_and_beats_the_matrix(low_bit: bool, s
     for item in scored:
         option = item.option
         assert option.bytes == sum(spec.bytes for spec in option.form.tensors(*shape).values())
-        found = torch.from_numpy(dequantize(option.form, item.tensors, *shape))
+        found = torch.from_numpy(option.form.dequantize(item.tensors, *shape))
         if isinstance(option.form, FloatForm):
             assert torch.equal(found, weights)
             assert option.loss_nats == 0.0
