@@ -18,16 +18,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form
-from packager.graph.names import EMBEDDING, HEAD
-from packager.graph.skeleton import GENAI_FILE, GRAPH_FILE, Matrix, export_skeleton
+from packager.graph.names import EMBEDDING, GENAI_FILE, HEAD
+from packager.graph.skeleton import GRAPH_FILE, Matrix, export_skeleton
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.files import read_json
 from packager.io.safetensors_ranges import Region
 from packager.memory.fit import Workload, WorkUnit
 from packager.memory.geometry import Geometry, read_geometry
 from packager.profile import FLOAT, INT8
+from packager.runtime.genai_config import GenaiBounds, bounded_config
 from packager.runtime.memory_probe import NEW_TOKENS, PROMPT_FILE
 
+_GRAPH_FILE = "model.onnx"
 _STEP = 4096
 
 
@@ -153,22 +155,19 @@ def write_sample(sample: Sample, case: Case, out: Path) -> None:
     step = np.full((geometry.kv_heads, geometry.head_dim), 0.05, np.float32)
     scales = dict.fromkeys(range(geometry.layers), (step, step)) if case.cache == INT8 else None
     options = GraphOptions(context_tokens=case.context_tokens, accuracy_level=case.accuracy_level, cache_scales=scales)
-    write_model(sample.folder / GRAPH_FILE, placements, options, out / "model.onnx")
+    write_model(sample.folder / GRAPH_FILE, placements, options, out / _GRAPH_FILE)
     for pool in pools.values():
         pool.unlink()
-    genai = read_json(sample.folder / GENAI_FILE)
-    genai["model"]["decoder"]["filename"] = "model.onnx"
-    if case.cache == INT8:
-        genai["model"]["decoder"]["session_options"]["enable_mem_pattern"] = False
-    if case.threads:
-        genai["model"]["decoder"]["session_options"]["intra_op_num_threads"] = case.threads
-    genai["model"]["context_length"] = case.context_tokens
-    # min_length: random weights may say stop at once.
-    genai["search"] |= {
-        "max_length": case.context_tokens,
-        "min_length": case.context_tokens,
-        "chunk_size": case.chunk_tokens,
-    }
+    bounds = GenaiBounds(
+        graph_file=_GRAPH_FILE,
+        context_tokens=case.context_tokens,
+        chunk_tokens=case.chunk_tokens,
+        kv_cache=case.cache,
+        threads=case.threads,
+    )
+    genai = bounded_config(read_json(sample.folder / GENAI_FILE), bounds)
+    # Random weights may say stop at once.
+    genai["search"]["min_length"] = case.context_tokens
     (out / GENAI_FILE).write_text(json.dumps(genai))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(sample.folder / name, out)
