@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from packager import __version__
 from packager.errors import CalibrationError
-from packager.graph.kv_cache_codes import CACHE_ROLES, cache_facts, scale_name
-from packager.graph.skeleton import GRAPH_FILE, export_skeleton
+from packager.graph.kv_cache_codes import cache_facts
+from packager.graph.skeleton import export_skeleton
 from packager.io.files import (
     dump_json,
     published_folder,
@@ -37,6 +37,7 @@ from packager.planning.solver import choice_at, total_loss
 from packager.progress import Progress
 from packager.runtime.limits import peak_bytes
 from packager.scoremap.anchors import Anchor, monotone
+from packager.scoremap.folder import MapFolder
 from packager.scoremap.identity import (
     CalibrationIdentity,
     Losses,
@@ -46,7 +47,8 @@ from packager.scoremap.identity import (
     read_identity,
     require_model,
 )
-from packager.scoremap.model import IDENTITY_FILE, MAP_FILE, SCHEMA, Option, ScoreMap, make_map, map_tensors
+from packager.scoremap.model import SCHEMA, Option, ScoreMap, make_map, map_tensors
+from packager.scoremap.reference import HeldOut
 from packager.scoring.acip.options import Ranking, labels_ranked, learn, load_start, prepare, ranked_options, start_path
 from packager.scoring.acip.training import AcipSettings, check_reachable
 from packager.scoring.curvature.moments import Curvature, collect, groups
@@ -70,9 +72,6 @@ from packager.source.calibration_text import Calibration, load_calibration, nats
 from packager.source.checkpoint import Checkpoint, vectors
 from packager.source.unit_weights import Source, find_sources
 
-REFERENCE_FILE = "reference.safetensors"
-SKELETON_FOLDER = "skeleton"
-SIDE_FOLDER = "model"
 QUICK_TOKENS = 4096
 QUICK_ANCHOR_NATS = (0.01, 0.05, 0.2, 0.8)
 ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -149,7 +148,7 @@ def score_model(
     progress.advance()
     lap("read")
     matrices, nodes = export_skeleton(
-        config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider
+        config, dict(vectors(model)), settings.provider, MapFolder(root=work).skeleton_folder(settings.provider)
     )
     sources = find_sources(matrices, model)
     if settings.acip:
@@ -182,7 +181,7 @@ def score_model(
     if warning:
         progress.warn(warning)
     progress.phase("measuring an 8-bit cache", 1)
-    facts = cache_facts(ir.load(work / SKELETON_FOLDER / settings.provider / GRAPH_FILE).graph, settings.provider)
+    facts = cache_facts(ir.load(MapFolder(root=work).skeleton(settings.provider).graph).graph, settings.provider)
     int8_cache, steps = score_cache(
         model, facts, calibration.windows[:_CACHE_WINDOWS], _half(heldout), Ledger(work / LEDGER_FILE)
     )
@@ -192,23 +191,18 @@ def score_model(
     with published_folder(out, force=force) as staging:
         write_store(work, scoremap, staging)
         arrays, metadata = map_tensors(scoremap)
-        save_file(arrays, staging / MAP_FILE, metadata=metadata)
-        shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
-        checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
-        reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
-        reference |= {
-            "heldout": heldout.numpy().astype("int32"),
-            "heldout_nats": measured.token_nats.float().cpu().numpy(),
-        }
-        reference |= {
-            scale_name(layer, role): step.numpy()
-            for layer, pair in steps.items()
-            for role, step in zip(CACHE_ROLES, pair, strict=True)
-        }
-        save_file(reference, staging / REFERENCE_FILE)
+        folder = MapFolder(root=staging)
+        save_file(arrays, folder.scoremap, metadata=metadata)
+        shutil.copytree(MapFolder(root=work).skeletons, folder.skeletons)
+        checkpoint.save_side_files(folder.side_folder, config, tokenizer)
+        folder.reference.write(
+            {name: tensor.numpy() for name, tensor in vectors(model)},
+            HeldOut(windows=heldout.numpy(), source_nats=measured.token_nats.float().cpu().numpy()),
+            {layer: (key.numpy(), value.numpy()) for layer, (key, value) in steps.items()},
+        )
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        genai = read_json(staging / SKELETON_FOLDER / settings.provider / "genai_config.json")
-        geometry = read_geometry(config, nodes=nodes, tokenizer=staging / SIDE_FOLDER / "tokenizer.json", genai=genai)
+        genai = read_json(folder.skeleton(settings.provider).genai_config)
+        geometry = read_geometry(config, nodes=nodes, tokenizer=folder.side_folder / "tokenizer.json", genai=genai)
         model_identity = ModelIdentity(
             name=checkpoint.name,
             source=checkpoint.source if not Path(checkpoint.source).is_absolute() else Path(checkpoint.source).name,
@@ -238,7 +232,7 @@ def score_model(
             },
             int8_cache=int8_cache,
         )
-        write_text(staging / IDENTITY_FILE, dump_json(identity.to_dict()))
+        write_text(folder.identity, dump_json(identity.to_dict()))
     shutil.rmtree(work, ignore_errors=True)
     progress.advance()
     lap("write")

@@ -23,7 +23,8 @@ from packager.forms.packing import dequantize
 from packager.forms.registry import parse_form
 from packager.io.files import dump_json, sha256_json, write_text
 from packager.io.safetensors_ranges import StoredTensor, join, read_header, sha256_region
-from packager.scoremap.model import DIGESTS_FILE, STORE_FILE, Option, ScoreMap, Unit, front
+from packager.scoremap.folder import MapFolder, option_key, store_key
+from packager.scoremap.model import Option, ScoreMap, Unit, front
 from packager.scoring.curvature.moments import Curvature
 from packager.scoring.curvature.options import Scored
 
@@ -85,7 +86,7 @@ def save_options(work: Path, unit: Unit, made: Iterable[Scored]) -> None:
     scored = {item.option.form.label: item for item in made}
     chain = front([item.option for item in scored.values()])
     tensors = {
-        f"{option.form.label}|{name}": tensor
+        option_key(option.form.label, name): tensor
         for option in chain
         for name, tensor in scored[option.form.label].tensors.items()
     }
@@ -109,7 +110,8 @@ def load_weights(work: Path, unit: Unit, option: Option) -> torch.Tensor:
     """The weights (rows, cols) that a finished option of a unit stands for."""
     with safe_open(options_path(work, unit), framework="numpy") as file:
         tensors = {
-            name: file.get_tensor(f"{option.form.label}|{name}") for name in option.form.tensors(unit.rows, unit.cols)
+            name: file.get_tensor(option_key(option.form.label, name))
+            for name in option.form.tensors(unit.rows, unit.cols)
         }
     return torch.from_numpy(dequantize(option.form, tensors, unit.rows, unit.cols))
 
@@ -122,7 +124,8 @@ def write_store(work: Path, scoremap: ScoreMap, out: Path) -> None:
         tensors, _ = read_header(options_path(work, unit))
         for option in chain:
             for name in option.form.tensors(unit.rows, unit.cols):
-                key = f"{option.form.label}|{name}"
-                entries.append((f"{unit.name}|{key}", tensors[key]))
-    join(entries, out / STORE_FILE)
-    write_text(out / DIGESTS_FILE, dump_json({key: sha256_region(tensor.region) for key, tensor in entries}))
+                stored = tensors[option_key(option.form.label, name)]
+                entries.append((store_key(unit.name, option.form.label, name), stored))
+    folder = MapFolder(root=out)
+    join(entries, folder.store)
+    write_text(folder.digests, dump_json({key: sha256_region(tensor.region) for key, tensor in entries}))
