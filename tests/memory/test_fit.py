@@ -51,7 +51,7 @@ def work(layers: int, hidden: int, vocab: int, entries: int, label: str, context
         for layer in range(layers)
         for at, (rows, cols) in enumerate(shapes)
     ]
-    units += [WorkUnit(name=role, rows=vocab, cols=hidden, form=form, kind=role) for role in ("embedding", "head")]  # type: ignore[arg-type]
+    units += [WorkUnit(name=kind, rows=vocab, cols=hidden, form=form, kind=kind) for kind in ("embedding", "head")]  # type: ignore[arg-type]
     geometry = Geometry(
         layers=layers,
         hidden=hidden,
@@ -84,7 +84,7 @@ def measured(workload: Workload, true: MemoryCoefficients, noise: int = 0, heap:
     geometry = workload.geometry
     packed = 0
     for unit in workload.units:
-        if unit.role != "embedding":
+        if unit.kind != "embedding":
             packed += resident_bytes(unit.form, unit.rows, unit.cols, kind="head", coefficients=true)
             if not isinstance(unit.form, FloatForm):
                 packed -= (

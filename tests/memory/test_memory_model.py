@@ -178,7 +178,7 @@ def test_kinds_of_a_table(label: str) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ArtifactError, match=r"kind 'bias' is unknown: expected one of linear, embedding, head, tied"):
+    with pytest.raises(ArtifactError, match=r"kind 'bias' is unknown: expected one of linear, head, embedding, tied"):
         resident(FloatForm(label="f32"), 4, 4, "bias")  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match=r"form 'r64.q4g64': an embedding cannot be stored in factors"):
         resident(parse_form("r64.q4g64"), 128, 128, "tied")
