@@ -26,6 +26,7 @@ from common import show
 
 from packager.cli.progress_bars import Bars
 from packager.errors import InfeasibleBudgetError
+from packager.io.records import without_none
 from packager.pipeline import build
 from packager.planning.plan import Request
 from packager.profile import load_profile
@@ -144,7 +145,8 @@ def main() -> int:
             bars.advance()
         report = built.report
         assert report is not None
-        peak, rise = int(report.measured.get("peak_bytes", 0)), float(report.measured.get("loss_nats", float("nan")))
+        peak = report.measured.peak_bytes or 0
+        rise = float("nan") if report.measured.loss_nats is None else report.measured.loss_nats
         failed = [check.name for check in report.checks if check.passed is False] + failed
         if peak < LEAST_USE * budget and built.plan.prefix:
             failed.append(f"uses {peak / budget:.1%} of a budget that binds")
@@ -171,8 +173,8 @@ def main() -> int:
             {
                 "budget_bytes": budget,
                 "plan": built.plan.to_dict() | {"choices": None},
-                "measured": report.measured,
-                "rounds": report.rounds,
+                "measured": without_none(report.measured),
+                "rounds": [asdict(item) for item in report.rounds],
                 "speed": {
                     phase: {"limited": speed.limited, "free": speed.free, "share": speed.share, "pairs": speed.pairs}
                     for phase, speed in by_phase.items()

@@ -90,6 +90,11 @@ class MapFolder:
         """The folder of what goes into a bundle as it is."""
         return self.root / SIDE_FOLDER
 
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, among what goes into a bundle as it is."""
+        return self.side_folder / "tokenizer.json"
+
     def exists(self) -> bool:
         """Whether a map lies here."""
         return self.identity.is_file()

@@ -202,7 +202,7 @@ def score_model(
         )
         parameters = sum(parameter.numel() for parameter in model.parameters())
         genai = read_json(folder.skeleton(settings.provider).genai_config)
-        geometry = read_geometry(config, nodes=nodes, tokenizer=folder.side_folder / "tokenizer.json", genai=genai)
+        geometry = read_geometry(config, nodes=nodes, tokenizer=folder.tokenizer, genai=genai)
         model_identity = ModelIdentity(
             name=checkpoint.name,
             source=checkpoint.source if not Path(checkpoint.source).is_absolute() else Path(checkpoint.source).name,
