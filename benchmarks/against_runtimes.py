@@ -27,11 +27,13 @@ from typing import Any
 from against_stock_export import stock_export
 from common import graph_bytes, show
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
+from packager.bundle.folder import GRAPH_FILE
+from packager.bundle.writer import Recipe, write_contents
 from packager.errors import ModelError
 from packager.planning.kv_cache_choice import offered
-from packager.planning.plan import load_map, plan_file_bytes
+from packager.planning.plan import plan_file_bytes
 from packager.profile import load_profile
+from packager.scoremap.opening import open_map
 from packager.sizes import format_size
 from packager.source.checkpoint import DEMO, open_checkpoint
 
@@ -54,7 +56,7 @@ class Contestant:
 
 def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) -> list[Contestant]:
     """Our bundle with each cache that the map offers, of at most `limit` bytes of graph and weights."""
-    loaded = load_map(arguments.map)
+    loaded = open_map(arguments.map)
     profile = dataclasses.replace(load_profile(_PROFILE), context_tokens=length)
     kinds, reason = offered(loaded.identity, profile.provider, "auto")
     if reason:
@@ -65,7 +67,8 @@ def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) 
         over, size = 0, limit + 1
         while size > limit:
             shutil.rmtree(folder, ignore_errors=True)
-            write_contents(loaded, plan_file_bytes(loaded.with_cache(kind), profile, limit - over), profile, folder)
+            plan = plan_file_bytes(loaded.with_cache(kind), profile, limit - over)
+            write_contents(Recipe(source=loaded, plan=plan, profile=profile), folder)
             size = graph_bytes(folder / GRAPH_FILE)
             over += max(0, size - limit)
         found.append(

@@ -18,10 +18,12 @@ from pathlib import Path
 
 from common import graph_bytes, half_window_losses, show, torch_losses
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
-from packager.planning.plan import load_map, plan_file_bytes
+from packager.bundle.folder import GRAPH_FILE
+from packager.bundle.writer import Recipe, write_contents
+from packager.planning.plan import plan_file_bytes
 from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
+from packager.scoremap.opening import open_map
 from packager.source.calibration_text import text_windows
 from packager.source.checkpoint import open_checkpoint
 
@@ -61,7 +63,7 @@ def main() -> None:
 
     checkpoint, loaded, profile = (
         open_checkpoint(str(arguments.model)),
-        load_map(arguments.map),
+        open_map(arguments.map),
         load_profile("edge-box-256mb"),
     )
     windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
@@ -72,7 +74,7 @@ def main() -> None:
         limit = graph_bytes(stock)
         plan = plan_file_bytes(loaded, profile, limit - _GRAPH_ALLOWANCE)
         ours = Path(scratch, "ours")
-        write_contents(loaded, plan, profile, ours)
+        write_contents(Recipe(source=loaded, plan=plan, profile=profile), ours)
         stock_rise = None
         for name, graph in (("stock int4 export", stock), ("packager", ours / GRAPH_FILE)):
             losses = half_window_losses(graph, windows, cache_width=loaded.geometry.head_dim)

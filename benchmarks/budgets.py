@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from common import show
 
 from packager.cli.progress_bars import Bars
 from packager.errors import InfeasibleBudgetError
+from packager.io.records import without_none
 from packager.pipeline import build
-from packager.planning.plan import LoadedMap, Request, load_map
+from packager.planning.plan import Request
 from packager.profile import load_profile
+from packager.scoremap.opening import OpenedMap, open_map
 from packager.sizes import format_size, parse_size
-from packager.validation.validate import measure_device
+from packager.validation.acceptance import run_acceptance
 
 LEAST_SHARE = 0.9
 LEAST_USE = 0.93
@@ -51,7 +53,7 @@ HEADER = [
 ]
 
 
-def spread(request: Request, loaded: LoadedMap, count: int) -> list[int]:
+def spread(request: Request, loaded: OpenedMap, count: int) -> list[int]:
     """Budgets from the least that fits to the one at which weights reach the float16 model's bytes."""
     try:
         Request(profile=request.profile, budget_bytes=1 << 20, context_tokens=request.context_tokens).plan(loaded)
@@ -99,10 +101,10 @@ def speeds(bundle: Path, budget: int, repeats: int, most: int) -> tuple[dict[str
     while len(found) < wanted:
         pair: dict[bool, dict[str, Any]] = {}
         for limited in (True, False) if len(found) % 2 == 0 else (False, True):
-            document, done = measure_device(bundle, budget if limited else None)
-            if document is None:
-                return {}, [f"the run {done.ending}"]
-            pair[limited] = document["speed"]
+            done = run_acceptance(bundle, budget if limited else None)
+            if done.document is None:
+                return {}, [f"the run {done.process.ending}"]
+            pair[limited] = asdict(done.document.speed)
         found.append((pair[True], pair[False]))
         # All of them, and not as many as it takes to pass: that would pick the lucky ones.
         if len(found) == repeats and any(speed.share < LEAST_SHARE for speed in compared(found).values()):
@@ -127,7 +129,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    loaded, profile = load_map(arguments.map), load_profile(arguments.profile)
+    loaded, profile = open_map(arguments.map), load_profile(arguments.profile)
     request = Request(profile=profile, context_tokens=arguments.context)
     budgets = [parse_size(text, of_bytes=profile.memory_bytes) for text in arguments.budgets or ()] or spread(
         request, loaded, arguments.count
@@ -143,7 +145,8 @@ def main() -> int:
             bars.advance()
         report = built.report
         assert report is not None
-        peak, rise = int(report.measured.get("peak_bytes", 0)), float(report.measured.get("loss_nats", float("nan")))
+        peak = report.measured.peak_bytes or 0
+        rise = float("nan") if report.measured.loss_nats is None else report.measured.loss_nats
         failed = [check.name for check in report.checks if check.passed is False] + failed
         if peak < LEAST_USE * budget and built.plan.prefix:
             failed.append(f"uses {peak / budget:.1%} of a budget that binds")
@@ -155,8 +158,8 @@ def main() -> int:
                 format_size(budget),
                 f"{built.plan.file_bytes:,}",
                 f"{built.plan.ratio:.1%}",
-                format_size(report.rounds[0]["predicted_bytes"]),
-                format_size(report.rounds[0]["measured_bytes"]),
+                format_size(report.rounds[0].predicted_bytes),
+                format_size(report.rounds[0].measured_bytes),
                 format_size(peak),
                 f"{peak / budget:.1%}",
                 str(len(report.rounds)),
@@ -170,8 +173,8 @@ def main() -> int:
             {
                 "budget_bytes": budget,
                 "plan": built.plan.to_dict() | {"choices": None},
-                "measured": report.measured,
-                "rounds": report.rounds,
+                "measured": without_none(report.measured),
+                "rounds": [asdict(item) for item in report.rounds],
                 "speed": {
                     phase: {"limited": speed.limited, "free": speed.free, "share": speed.share, "pairs": speed.pairs}
                     for phase, speed in by_phase.items()

@@ -32,10 +32,11 @@ from packager.forms.low_rank import LowRankForm
 from packager.forms.pivot import PivotForm
 from packager.forms.registry import Form, form_bytes
 from packager.graph.skeleton import Matrix
-from packager.planning.plan import load_map
 from packager.planning.size_curve import standard_error
 from packager.planning.solver import solve, total_bytes
-from packager.scoremap.model import STORE_FILE, Option, ScoreMap, Unit, make_map
+from packager.scoremap.folder import MapFolder, store_key
+from packager.scoremap.model import Option, ScoreMap, Unit, make_map
+from packager.scoremap.opening import open_map
 from packager.scoremap.settings import BASES, QUICK_ACIP, AcipSettings
 from packager.scoring.acip.options import Ranking, folded, rank_units, start_of
 from packager.scoring.acip.training import Start, train
@@ -179,9 +180,9 @@ def input_moments(model: Any, sources: Sequence[Source], windows: torch.Tensor) 
 
 def from_store(folder: Path, unit: Unit, form: Form) -> torch.Tensor:
     """A unit's weights as a map's store holds them."""
-    with safe_open(folder / STORE_FILE, framework="numpy") as file:
+    with safe_open(MapFolder(root=folder).store, framework="numpy") as file:
         tensors = {
-            name: file.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)
+            name: file.get_tensor(store_key(unit.name, form.label, name)) for name in form.tensors(unit.rows, unit.cols)
         }
     return torch.from_numpy(form.dequantize(tensors, unit.rows, unit.cols))
 
@@ -297,7 +298,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    checkpoint, loaded = open_checkpoint(str(arguments.model)), load_map(arguments.map)
+    checkpoint, loaded = open_checkpoint(str(arguments.model)), open_map(arguments.map)
     model, tokenizer = checkpoint.load(), checkpoint.tokenizer()
     windows = text_windows(arguments.text, tokenizer, arguments.windows).numpy()
     original = torch_losses(model, windows)

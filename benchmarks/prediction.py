@@ -30,17 +30,18 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from packager.io.files import sha256_json
-from packager.planning.plan import LoadedMap, load_map
 from packager.planning.solver import choice_at, total_bytes, total_loss
 from packager.scoremap.anchors import predicted_nats
+from packager.scoremap.folder import store_key
 from packager.scoremap.identity import require_model
-from packager.scoremap.model import STORE_FILE, Option
+from packager.scoremap.model import Option
+from packager.scoremap.opening import OpenedMap, open_map
 from packager.scoring.ledger import Ledger
 from packager.scoring.probes import Observer, perturbed
 from packager.source.calibration_text import WINDOW, load_calibration
 from packager.source.checkpoint import Checkpoint, open_checkpoint
 from packager.source.unit_weights import Source, find_sources, matrices_of
-from packager.validation.measure_sizes import heldout_sample
+from packager.validation.measure_sizes import held_out_text
 
 LOW, HIGH = "2.5 to 4 bits", "above 4 bits"
 BANDS = {HIGH: (4.0, 10.0), LOW: (2.5, 4.0)}
@@ -61,11 +62,11 @@ class Case:
     choice: Choice
 
 
-def bits_of(loaded: LoadedMap, choice: Choice) -> float:
+def bits_of(loaded: OpenedMap, choice: Choice) -> float:
     return 8 * total_bytes(loaded.scoremap, choice) / sum(unit.elements for unit in loaded.scoremap.units)
 
 
-def uniform(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def uniform(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     most, choice = float(np.exp(generator.uniform(np.log(2.2), np.log(33)))), []
     for unit, chain in zip(loaded.scoremap.units, loaded.scoremap.options, strict=True):
         allowed = [number for number, option in enumerate(chain) if 8 * option.bytes / unit.elements <= most] or [
@@ -75,7 +76,7 @@ def uniform(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
     return choice
 
 
-def shuffled(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def shuffled(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     moves = loaded.scoremap.moves
     choice = [0] * len(loaded.scoremap.units)
     for number in generator.permutation(len(moves))[: generator.integers(len(moves) + 1)]:
@@ -83,7 +84,7 @@ def shuffled(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
     return choice
 
 
-def perturbed_prefix(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def perturbed_prefix(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     choice = choice_at(loaded.scoremap, int(generator.integers(len(loaded.scoremap.moves) + 1)))
     for number, chain in enumerate(loaded.scoremap.options):
         if generator.random() < 1 / 3:
@@ -91,14 +92,14 @@ def perturbed_prefix(loaded: LoadedMap, generator: np.random.Generator) -> Choic
     return choice
 
 
-DRAWS: dict[str, Callable[[LoadedMap, np.random.Generator], Choice]] = {
+DRAWS: dict[str, Callable[[OpenedMap, np.random.Generator], Choice]] = {
     "uniform": uniform,
     "shuffled": shuffled,
     "perturbed": perturbed_prefix,
 }
 
 
-def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
+def draw_cases(loaded: OpenedMap, count: int, seed: int) -> list[Case]:
     """`count` assignments, the kinds and bands in turn."""
     generator, cases = np.random.default_rng(seed), []
     wanted = [(kind, band) for kind in DRAWS for band in BANDS]
@@ -114,7 +115,7 @@ def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
     return cases
 
 
-def curve_cases(loaded: LoadedMap, count: int) -> list[Case]:
+def curve_cases(loaded: OpenedMap, count: int) -> list[Case]:
     """Prefixes of the map, evenly spread over those of 2.5 to 10 bits per weight."""
     prefixes = range(len(loaded.scoremap.moves) + 1)
     choices = [
@@ -126,7 +127,7 @@ def curve_cases(loaded: LoadedMap, count: int) -> list[Case]:
     return [Case(kind="curve", band="", choice=choices[position]) for position in positions]
 
 
-def unseen_windows(checkpoint: Checkpoint, loaded: LoadedMap, paths: list[Path], count: int) -> torch.Tensor:
+def unseen_windows(checkpoint: Checkpoint, loaded: OpenedMap, paths: list[Path], count: int) -> torch.Tensor:
     """Windows of the calibration files that were neither calibrated on nor held out. The split depends on the seed
     alone."""
     settings, tokenizer = loaded.identity.settings, checkpoint.tokenizer()
@@ -153,7 +154,7 @@ def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def measure_cases(
-    checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None
+    checkpoint: Checkpoint, loaded: OpenedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None
 ) -> list[dict[str, Any]]:
     """Each case's bits, prediction, divergence and rise, printed as they come."""
     model, units = checkpoint.load(), loaded.scoremap.units
@@ -162,12 +163,12 @@ def measure_cases(
         raise SystemExit("this version cuts the model into other units than the map does: score the model again")
     text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     observer, results, started = Observer(model, windows), [], time.perf_counter()
-    with safe_open(loaded.folder / STORE_FILE, framework="numpy") as store:
+    with safe_open(loaded.folder.store, framework="numpy") as store:
 
         def load(source: Source, option: Option) -> torch.Tensor:
             unit, form = source.unit, option.form
             tensors = {
-                name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
+                name: store.get_tensor(store_key(unit.name, form.label, name))
                 for name in form.tensors(unit.rows, unit.cols)
             }
             return torch.from_numpy(form.dequantize(tensors, unit.rows, unit.cols))
@@ -230,13 +231,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    checkpoint, loaded = open_checkpoint(str(arguments.model)), load_map(arguments.map)
+    checkpoint, loaded = open_checkpoint(str(arguments.model)), open_map(arguments.map)
     require_model(arguments.map, loaded.identity, checkpoint.name, checkpoint.sha256())
     if arguments.calibration:
         windows = unseen_windows(checkpoint, loaded, arguments.calibration, arguments.windows)
         text = f"{len(windows)} windows of 512 tokens of {loaded.identity.calibration.text} that the map never saw"
     else:
-        windows = torch.from_numpy(heldout_sample(loaded).windows)[: arguments.windows]
+        windows = torch.from_numpy(held_out_text(loaded).windows)[: arguments.windows]
         text = (
             f"{len(windows)} of the map's held-out windows of {loaded.identity.calibration.text}, on "
             "which its anchors were measured"

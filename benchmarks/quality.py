@@ -13,13 +13,18 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from common import graph_bytes, half_window_losses, show, torch_losses
+from numpy.typing import NDArray
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
-from packager.planning.plan import load_map, plan_file_bytes
+from packager.bundle.folder import GRAPH_FILE
+from packager.bundle.weights import overwrite_scales
+from packager.bundle.writer import Recipe, write_contents
+from packager.planning.plan import plan_file_bytes
 from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
 from packager.progress import Silent
+from packager.scoremap.opening import open_map
 from packager.scoring.polish_plan import Polishing, polish_plan
 from packager.sizes import parse_size
 from packager.source.calibration_text import text_windows
@@ -74,7 +79,7 @@ def main() -> None:
 
     checkpoint, loaded, profile = (
         open_checkpoint(str(arguments.model)),
-        load_map(arguments.map),
+        open_map(arguments.map),
         load_profile("edge-box-256mb"),
     )
     windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
@@ -85,16 +90,17 @@ def main() -> None:
         rival = None if arguments.no_baseline else best_rival(limit)
         bits = 8 * plan.file_bytes / sum(unit.elements for unit in loaded.scoremap.units)
         with tempfile.TemporaryDirectory() as scratch:
-            variants: list[tuple[str, Path | None]] = [("map", None)]
+            variants: list[tuple[str, dict[str, NDArray[np.float32]]]] = [("map", {})]
             if arguments.polish:
                 polishing = Polishing(
                     checkpoint=checkpoint, minutes=arguments.polish, calibration_paths=arguments.calibration
                 )
-                polish_plan(loaded, plan, polishing, Path(scratch, "polished.safetensors"), Silent())
-                variants.append((f"polished, {arguments.polish:g} min", Path(scratch, "polished.safetensors")))
-            for name, polished in variants:
+                scales, _ = polish_plan(loaded, plan, polishing, Silent())
+                variants.append((f"polished, {arguments.polish:g} min", scales))
+            for name, scales in variants:
                 folder = Path(scratch, name)
-                write_contents(loaded, plan, profile, folder, polished)
+                write_contents(Recipe(source=loaded, plan=plan, profile=profile), folder)
+                overwrite_scales(folder / GRAPH_FILE, scales)
                 rise, size = (
                     half_window_losses(folder / GRAPH_FILE, windows) - original,
                     graph_bytes(folder / GRAPH_FILE),

@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 from common import show
 
-from packager.bundle.writer import open_bundle
+from packager.bundle.opening import open_bundle
 from packager.io.files import read_json
-from packager.runtime.device_check import read_tensors
 from packager.sizes import format_size
 
 _PROBE = Path(__file__).with_name("runtime_probe.py")
@@ -114,8 +113,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    bounds = open_bundle(arguments.bundle).bounds
-    text = read_tensors(arguments.bundle / "reference.safetensors", only="heldout")["heldout"].reshape(-1)
+    bundle = open_bundle(arguments.bundle)
+    bounds, text = bundle.manifest.bounds, bundle.folder.reference.held_out().windows.reshape(-1)
     found: dict[str, list[dict[str, Any] | str]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as scratch:
         (ids := Path(scratch, "ids.json")).write_text(

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from packager.planning.plan import LoadedMap, Request
+    from packager.planning.plan import Request
     from packager.profile import DeviceProfile
+    from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings, ScoreSettings
     from packager.scoring.polish_plan import Polishing
 
 _CHECK_FAILED = 3
 SOME_SIZES = 8
-_ANY_PROFILE = "laptop-16gb"  # where no device is named: its graphs run here, and it bounds nothing
 
 
 def pack(arguments: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def pack(arguments: argparse.Namespace) -> int:
             validate=not arguments.no_validate,
             force=arguments.force,
             progress=progress,
-            cache=arguments.map,
+            map_folder=arguments.map,
         )
     return _show_built(arguments, built)
 
@@ -100,7 +100,7 @@ def curve(arguments: argparse.Namespace) -> int:
     from packager.cli.plot import curve_picture, require_plot
     from packager.errors import UsageError
     from packager.io.files import dump_json, write_bytes
-    from packager.planning.plan import Request
+    from packager.planning.plan import NO_DEVICE, Request
     from packager.planning.size_curve import evenly, predict
     from packager.profile import load_profile
 
@@ -109,19 +109,17 @@ def curve(arguments: argparse.Namespace) -> int:
     if arguments.windows < 1:
         raise UsageError(f"--windows {arguments.windows}: expected at least 1")
     loaded = _load(arguments.map)
-    profile = load_profile(arguments.profile or _ANY_PROFILE)
+    profile = load_profile(arguments.profile or NO_DEVICE)
     request = Request(profile=profile, context_tokens=arguments.context)
     curve, plans = predict(loaded, request, arguments.sizes, by_peak=arguments.profile is not None)
     wanted = SOME_SIZES if arguments.measure is None and arguments.text else arguments.measure
     if wanted is not None:
-        from packager.validation.measure_sizes import heldout_sample, measure, text_sample
+        from packager.validation.measure_sizes import held_out_text, measure, text_of_file
 
         chosen = {position: plans[position] for position in evenly(wanted, len(plans))}
         with _progress() as progress:
-            sample = (
-                text_sample(loaded, arguments.text, arguments.windows) if arguments.text else heldout_sample(loaded)
-            )
-            curve = measure(loaded, profile, curve, chosen, sample, progress=progress)
+            text = text_of_file(loaded, arguments.text, arguments.windows) if arguments.text else held_out_text(loaded)
+            curve = measure(loaded, profile, curve, chosen, text, progress=progress)
     if arguments.output:
         write_bytes(arguments.output, curve_picture(curve, arguments.output.suffix))
     print(dump_json(curve.to_dict()) if arguments.json else render.curve_text(curve))
@@ -163,19 +161,16 @@ def _polishing(arguments: argparse.Namespace) -> Polishing | None:
 
 def validate(arguments: argparse.Namespace) -> int:
     """Check a bundle."""
-    from packager.bundle.writer import open_bundle
+    from packager.bundle.opening import open_bundle
     from packager.cli import render
     from packager.io.files import dump_json
     from packager.validation.report import earlier_rounds, write_report
     from packager.validation.validate import validate_bundle
 
-    manifest = open_bundle(arguments.bundle)
+    bundle = open_bundle(arguments.bundle)
     with _progress() as progress:
         report = validate_bundle(
-            arguments.bundle,
-            manifest,
-            progress=progress,
-            rounds=earlier_rounds(arguments.bundle, manifest.bundle_sha256),
+            bundle, progress=progress, rounds=earlier_rounds(arguments.bundle, bundle.manifest.bundle_sha256)
         )
     write_report(report, arguments.bundle)
     print(dump_json(report.to_dict()) if arguments.json else render.report_text(report))
@@ -184,11 +179,17 @@ def validate(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate text."""
-    from packager.bundle.writer import open_bundle
+    from packager.bundle.opening import open_bundle
     from packager.runtime.sessions import generate
 
-    open_bundle(arguments.bundle)
-    pieces = generate(arguments.bundle, arguments.prompt, most_tokens=arguments.tokens, chat=not arguments.raw)
+    bundle = open_bundle(arguments.bundle)
+    pieces = generate(
+        arguments.bundle,
+        arguments.prompt,
+        context_tokens=bundle.manifest.bounds.context_tokens,
+        most_tokens=arguments.tokens,
+        chat=not arguments.raw and bundle.folder.chat_template.is_file(),
+    )
     if arguments.json:
         print(json.dumps({"prompt": arguments.prompt, "text": "".join(pieces)}, ensure_ascii=False))
         return 0
@@ -267,7 +268,7 @@ def _show_built(arguments: argparse.Namespace, built: Any) -> int:
                 {
                     "bundle": str(arguments.output),
                     "plan": built.plan.to_dict(),
-                    "polish": built.manifest.polish,
+                    "polish": dataclasses.asdict(built.manifest.polish) if built.manifest.polish else None,
                     "report": report,
                 }
             )
@@ -282,10 +283,10 @@ def _show_built(arguments: argparse.Namespace, built: Any) -> int:
     return 0 if built.report is None or built.report.passed else _CHECK_FAILED
 
 
-def _load(path: Path) -> LoadedMap:
-    from packager.planning.plan import load_map
+def _load(path: Path) -> OpenedMap:
+    from packager.scoremap.opening import open_map
 
-    return load_map(path)
+    return open_map(path)
 
 
 def _request(arguments: argparse.Namespace) -> Request:

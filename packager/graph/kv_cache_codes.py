@@ -13,19 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
-from safetensors.numpy import load_file
 
-from packager.errors import ArtifactError, ExportError
+from packager.errors import ExportError
 from packager.graph.names import ATTENTION, COSINES, KEY_SCALE, PAST_KEY
 from packager.graph.prefill import KvScales, PrefillInputs, branch_on_rows, count_rows, over_floats, unbranch
 
 LayerScales = Mapping[int, KvScales]
 """Layer → the scales of its keys and values."""
-
-CACHE_ROLES = ("key", "value")
 
 _MODE, _BITS = "PER_CHANNEL", 8
 _WINDOW = "local_window_size"
@@ -111,21 +107,6 @@ def widen_caches(graph: ir.Graph) -> None:
     for value in _caches([*graph.inputs, *graph.outputs]):
         if value.dtype == ir.DataType.INT8:
             value.type = ir.TensorType(ir.DataType.FLOAT)
-
-
-def scale_name(layer: int, role: str) -> str:
-    """The tensor of `reference.safetensors` that holds a layer's scales; `role` is one of CACHE_ROLES."""
-    return f"cache.{layer}.{role}"
-
-
-def read_scales(path: Path) -> LayerScales:
-    """The scales in a `reference.safetensors`."""
-    stored = load_file(path)
-    layers = sorted(int(name.split(".")[1]) for name in stored if name.startswith("cache.") and name.endswith(".key"))
-    try:
-        return {layer: (stored[scale_name(layer, "key")], stored[scale_name(layer, "value")]) for layer in layers}
-    except KeyError as error:
-        raise ArtifactError(f"{path} has no {error}: the map is damaged, score the model again") from None
 
 
 def _caches(values: Iterable[ir.Value]) -> list[ir.Value]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+GRAPH_FILE = "graph.onnx"
+"""The graph without its weights."""
+
 GENAI_FILE = "genai_config.json"
 """The runtime's configuration, beside the graph."""
 

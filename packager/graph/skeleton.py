@@ -24,10 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from packager.errors import ExportError, UnsupportedModelError
-from packager.graph.names import EMBEDDING, GENAI_FILE, MATRIX_SUFFIX
+from packager.graph.names import EMBEDDING, GENAI_FILE, GRAPH_FILE, MATRIX_SUFFIX
 from packager.io.files import write_text
-
-GRAPH_FILE = "graph.onnx"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,8 @@ from typing import Any
 from packager.errors import ArtifactError
 
 _CHUNK = 1 << 20
-_MARKS = ("packager.json", "map.json")
+BUNDLE_MARK = "packager.json"
+MAP_MARK = "map.json"
 """A folder that holds one of these is a bundle or a map, and may be replaced by another."""
 
 
@@ -97,7 +98,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     if (
         target.is_symlink()
         or not target.is_dir()
-        or (any(target.iterdir()) and not any((target / name).is_file() for name in _MARKS))
+        or (any(target.iterdir()) and not any((target / name).is_file() for name in (BUNDLE_MARK, MAP_MARK)))
     ):
         raise ArtifactError(
             f"{target} is no map or bundle, so --force does not replace it: choose another name, or remove it yourself"

@@ -5,7 +5,7 @@ of a fresh process that loads the model and its tokenizer, prefills a prompt in 
 
     load     process, not yet run + nodes + weights multiplied + the largest unit again, mapped while it is repacked
     prefill  process + nodes + weights + tokenizer, live and freed + KV cache + activations of one chunk
-             + one layer's past in floats, where the cache holds codes
+             + one layer's key/value cache, dequantised, where the cache holds codes
              - what the cache and the activations find free where the tokenizer was parsed
     decode   as prefill, for the allocators give nothing back: what the chunk's activations held is slack
 
@@ -152,11 +152,11 @@ def estimate(
         session,
         MemoryItem(name="weights", bytes=weights_bytes),
         MemoryItem(name="tokenizer", bytes=live),
-        MemoryItem(name="heap freed by the tokenizer", bytes=freed - reused),
+        MemoryItem(name="freed tokenizer memory not reused", bytes=freed - reused),
         MemoryItem(name="kv cache", bytes=cache),
         MemoryItem(name="rotary tables", bytes=context_tokens * geometry.head_dim * _FLOAT),
     )
-    past = (MemoryItem(name="one layer's past in floats", bytes=widened),) if widened else ()
+    past = (MemoryItem(name="one layer's key/value cache, dequantised", bytes=widened),) if widened else ()
     return MemoryEstimate(
         phases=(
             MemoryPhase(name="load", items=load),

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form
-from packager.graph.names import EMBEDDING, GENAI_FILE, HEAD
-from packager.graph.skeleton import GRAPH_FILE, Matrix, export_skeleton
+from packager.graph.names import EMBEDDING, GENAI_FILE, GRAPH_FILE, HEAD
+from packager.graph.skeleton import Matrix, export_skeleton
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.files import read_json
 from packager.io.safetensors_ranges import Region

@@ -3,6 +3,9 @@
 Needs onnxruntime-genai and numpy and nothing else. Verifies every file's hash, the tokenizer, the golden logits and
 greedy tokens, then fills the whole context once and reports peak memory and speed. Prints one JSON document.
 Exit status: 0 all checks passed, 3 some failed, 1 it could not run.
+
+A copy of this file lies in every bundle as check.py, for devices that have no packager: it imports nothing of the
+package, and spells the names of files, keys and tensors of a bundle for itself, as nothing else may.
 """
 
 import argparse
@@ -80,7 +83,9 @@ def check_hashes(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         path = root / entry["path"]
         if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             wrong.append(entry["path"])
-    return row("files with a wrong hash", len(wrong), 0, ", ".join(wrong[:3]) or "files", not wrong)
+    return row(
+        "files whose size or SHA-256 is not the manifest's", len(wrong), 0, ", ".join(wrong[:3]) or "files", not wrong
+    )
 
 
 def kl_divergence(expected: Any, found: Any) -> float:
@@ -108,8 +113,20 @@ def check_tokenizer(tokenizer: Any, golden: dict[str, Any]) -> list[dict[str, An
         wrong_text += tokenizer.decode(expected) != golden[f"text.{count}.decoded"].tobytes().decode()
         count += 1
     return [
-        row("texts encoded otherwise", wrong_ids, 0, f"of {count} texts", wrong_ids == 0),
-        row("texts decoded otherwise", wrong_text, 0, f"of {count} texts", wrong_text == 0),
+        row(
+            "texts that the tokenizer encodes differently from the source model's",
+            wrong_ids,
+            0,
+            f"of {count} texts",
+            wrong_ids == 0,
+        ),
+        row(
+            "texts that the tokenizer decodes differently from the source model's",
+            wrong_text,
+            0,
+            f"of {count} texts",
+            wrong_text == 0,
+        ),
     ]
 
 
@@ -141,17 +158,17 @@ def check_golden(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, 
         count += 1
     return [
         row(
-            "divergence of the next token from the reference, worst prompt",
+            "KL divergence of the next-token distribution from PyTorch, worst prompt",
             round(worst_kl, 6),
             KL_LIMIT_NATS,
             "nats",
             worst_kl <= KL_LIMIT_NATS,
         ),
         row(
-            "prompts whose greedy tokens differ where the reference was decided",
+            "prompts whose greedy tokens differ from PyTorch other than at a near tie",
             wrong,
             0,
-            f"of {count} prompts ({undecided} differ where undecided, {total} tokens)",
+            f"of {count} prompts ({undecided} differ at a near tie; {total} tokens compared)",
             wrong == 0,
         ),
     ]
@@ -226,7 +243,9 @@ def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
     if used:
         budget = bounds["budget_bytes"]
         checks.append(
-            row("peak memory of the process", used["peak_bytes"], budget, "bytes", used["peak_bytes"] <= budget)
+            row(
+                "peak resident memory of the process", used["peak_bytes"], budget, "bytes", used["peak_bytes"] <= budget
+            )
         )
     phase("answer")
     answer = say(og, model, tokenizer, prompt, 48, bounds["context_tokens"])

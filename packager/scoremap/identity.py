@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import ArtifactError, UsageError
-from packager.io.files import inner_path, read_json, sha256_file
+from packager.io.files import read_json, sha256_file
 from packager.io.records import from_plain
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
-from packager.scoremap.model import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE
+from packager.scoremap.folder import IDENTITY_FILE, SCOREMAP_FILE, MapFolder
+from packager.scoremap.model import SCHEMA
 from packager.scoremap.settings import ScoreSettings, without_retired
 
 
@@ -94,35 +95,23 @@ class MapIdentity:
             raise ArtifactError(f"{where}: settings: {error}: the file is damaged, or of another version") from None
 
 
-def read_identity(folder: Path) -> MapIdentity:
-    """`map.json` of a map, checked against the score map it names by hash."""
-    path = folder / IDENTITY_FILE
+def read_identity(root: Path) -> MapIdentity:
+    """`map.json` of the map in folder `root`, checked against the score map it names by hash."""
+    folder = MapFolder(root=root)
+    path = folder.identity
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
             f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
         )
     identity = MapIdentity.from_dict(data, str(path))
-    found = sha256_file(folder / MAP_FILE)
-    if identity.files.get(MAP_FILE) != found:
+    found = sha256_file(folder.scoremap)
+    if identity.files.get(SCOREMAP_FILE) != found:
         raise ArtifactError(
-            f"{folder / MAP_FILE} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model "
+            f"{folder.scoremap} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model "
             f"again"
         )
     return identity
-
-
-def check_files(folder: Path, identity: MapIdentity) -> None:
-    """Every file of the map but the store has the hash that `map.json` names; the store's tensors are checked as they
-    are copied, for hashing all of it would cost more than building."""
-    for name, expected in identity.files.items():
-        path = inner_path(folder, name)
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: the map is incomplete, score the model again")
-        if name != STORE_FILE and sha256_file(path) != expected:
-            raise ArtifactError(
-                f"{path} is not the file that {IDENTITY_FILE} names: it was altered or damaged, score the model again"
-            )
 
 
 def require_model(folder: Path, identity: MapIdentity, name: str, sha256: str) -> None:

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 
+from packager.bundle.manifest import Polish
 from packager.errors import UsageError
 from packager.forms.floats import FloatForm
 from packager.forms.registry import Form
-from packager.planning.plan import LoadedMap, Plan, form_of
+from packager.planning.plan import Plan, form_of
 from packager.progress import Progress
-from packager.scoremap.model import STORE_FILE
-from packager.scoring.polish import Polish, polish
-from packager.scoring.write_map import REFERENCE_FILE
+from packager.scoremap.folder import store_key
+from packager.scoremap.opening import OpenedMap
+from packager.scoring.polish import polish
 from packager.source.calibration_text import load_calibration
 from packager.source.checkpoint import Checkpoint
 from packager.source.unit_weights import Source, find_sources, matrices_of
@@ -37,11 +37,11 @@ class Polishing:
 
 
 def polish_plan(
-    loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, progress: Progress
-) -> dict[str, float | str]:
-    """Tune the plan's scales and write them to `out`, a safetensors file with `unit|scales` of each unit that moved.
+    loaded: OpenedMap, plan: Plan, polishing: Polishing, progress: Progress
+) -> tuple[dict[str, NDArray[np.float32]], Polish]:
+    """Tune the plan's scales: those of each unit that moved, and what there is to say of it.
 
-    Returns what there is to say of it. Raises UsageError when the model is not the map's.
+    Raises UsageError when the model is not the map's.
     """
     checkpoint, identity = polishing.checkpoint, loaded.identity
     if checkpoint.sha256() != identity.model.sha256:
@@ -53,17 +53,17 @@ def polish_plan(
     text = load_calibration(
         polishing.calibration_paths, checkpoint.tokenizer(), tokens=_TOKENS, seed=identity.settings.seed
     )
-    heldout = torch.from_numpy(load_file(loaded.folder / REFERENCE_FILE)["heldout"].astype(np.int64))
+    heldout = torch.from_numpy(loaded.folder.reference.held_out().windows)
     original, packed = checkpoint.load(), checkpoint.load()
     units = loaded.scoremap.units
     sources = find_sources(matrices_of((unit.matrix, unit.rows, unit.cols) for unit in units), packed)
     forms = {unit.name: form_of(plan, unit) for unit in units}
-    with safe_open(loaded.folder / STORE_FILE, framework="numpy") as store:
+    with safe_open(loaded.folder.store, framework="numpy") as store:
 
         def load(source: Source, form: Form) -> dict[str, NDArray[np.generic]]:
             unit = source.unit
             return {
-                name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
+                name: store.get_tensor(store_key(unit.name, form.label, name))
                 for name in form.tensors(unit.rows, unit.cols)
             }
 
@@ -87,16 +87,12 @@ def polish_plan(
             rounds_inputs=identity.settings.kernels.rounds_inputs,
             progress=progress,
         )
-    save_file({f"{name}|scales": np.ascontiguousarray(scales) for name, scales in done.scales.items()}, out)
-    return _said(done, polishing, text.description)
-
-
-def _said(done: Polish, polishing: Polishing, text: str) -> dict[str, float | str]:
-    return {
-        "minutes": polishing.minutes,
-        "steps": done.steps,
-        "text": text,
-        "heldout_divergence_before_nats": done.before_nats,
-        "heldout_divergence_after_nats": done.after_nats,
-        "units": len(done.scales),
-    }
+    said = Polish(
+        minutes=polishing.minutes,
+        steps=done.steps,
+        text=text.description,
+        heldout_divergence_before_nats=done.before_nats,
+        heldout_divergence_after_nats=done.after_nats,
+        units=len(done.scales),
+    )
+    return done.scales, said

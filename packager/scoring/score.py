@@ -16,10 +16,11 @@ import torch
 
 from packager import __version__
 from packager.graph.kv_cache_codes import cache_facts
-from packager.graph.skeleton import GRAPH_FILE, export_skeleton
+from packager.graph.skeleton import export_skeleton
 from packager.io.files import published_folder, refuse_existing
 from packager.progress import Progress
 from packager.runtime.limits import peak_bytes
+from packager.scoremap.folder import MapFolder
 from packager.scoremap.identity import MapIdentity, read_identity, require_model
 from packager.scoremap.model import SCHEMA
 from packager.scoremap.settings import ScoreSettings
@@ -179,9 +180,12 @@ def _work_key(read: _Read, method: ScoringMethod) -> WorkKey:
 
 
 def _export(subject: Subject, settings: ScoreSettings, work: Workspace) -> Skeleton:
-    folder = work.skeletons / settings.provider
+    unfinished = MapFolder(root=work.folder)
+    folder = unfinished.skeleton_folder(settings.provider)
     matrices, nodes = export_skeleton(subject.config, dict(vectors(subject.model)), settings.provider, folder)
-    return Skeleton(graph=folder / GRAPH_FILE, nodes=nodes, sources=find_sources(matrices, subject.model))
+    return Skeleton(
+        graph=unfinished.skeleton(settings.provider).graph, nodes=nodes, sources=find_sources(matrices, subject.model)
+    )
 
 
 def _make_options(bench: Bench, make: MakeOptions) -> None:

@@ -29,6 +29,7 @@ from safetensors.torch import save_file as save_torch
 from packager.forms.registry import parse_form
 from packager.io.files import sha256_json, write_text
 from packager.io.safetensors_ranges import StoredTensor, read_header
+from packager.scoremap.folder import option_key
 from packager.scoremap.model import Option, Unit, front
 from packager.scoremap.settings import ScoreSettings
 from packager.scoring.acip.training import Start
@@ -54,8 +55,7 @@ class Workspace:
     """The work folder of one map: owns every path in it."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.skeletons = folder / "skeleton"
+        self.folder = folder
         self.training_state = folder / "acip.safetensors"
         self.ledger = Ledger(folder / "measured.json")
 
@@ -74,7 +74,7 @@ class Workspace:
 
     def remove(self) -> None:
         """All of it: the map is whole."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def save_curvature(self, group: int, curvature: Mapping[str, Curvature]) -> None:
         """Keep the curvature of group number `group`, by unit, until `drop_curvature`."""
@@ -136,7 +136,7 @@ class Workspace:
         scored = {item.option.form.label: item for item in made}
         chain = front([item.option for item in scored.values()])
         tensors = {
-            f"{option.form.label}|{name}": tensor
+            option_key(option.form.label, name): tensor
             for option in chain
             for name, tensor in scored[option.form.label].tensors.items()
         }
@@ -155,25 +155,26 @@ class Workspace:
         """The weights (rows, cols) that a finished option of a unit stands for."""
         with safe_open(self._options(unit), framework="numpy") as file:
             tensors = {
-                name: file.get_tensor(f"{option.form.label}|{name}")
+                name: file.get_tensor(option_key(option.form.label, name))
                 for name in option.form.tensors(unit.rows, unit.cols)
             }
         return torch.from_numpy(option.form.dequantize(tensors, unit.rows, unit.cols))
 
-    def stored_tensors(self, unit: Unit, chain: Iterable[Option]) -> dict[str, StoredTensor]:
-        """Where the tensors of some of a unit's finished options lie, by `label|name`."""
+    def stored_tensors(self, unit: Unit, chain: Iterable[Option]) -> dict[tuple[str, str], StoredTensor]:
+        """Where the tensors of some of a unit's finished options lie, by the form's label and the tensor's name."""
         tensors, _ = read_header(self._options(unit))
-        keys = (f"{option.form.label}|{name}" for option in chain for name in option.form.tensors(unit.rows, unit.cols))
-        return {key: tensors[key] for key in keys}
+        forms = [option.form for option in chain]
+        keys = [(form.label, name) for form in forms for name in form.tensors(unit.rows, unit.cols)]
+        return {key: tensors[option_key(*key)] for key in keys}
 
     def _curvature(self, group: int) -> Path:
-        return self._folder / f"curvature-{group}.safetensors"
+        return self.folder / f"curvature-{group}.safetensors"
 
     def _start(self, unit: Unit) -> Path:
-        return self._folder / f"start-{unit.name}.safetensors"
+        return self.folder / f"start-{unit.name}.safetensors"
 
     def _options(self, unit: Unit) -> Path:
-        return self._folder / f"unit-{unit.name}.safetensors"
+        return self.folder / f"unit-{unit.name}.safetensors"
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:

@@ -7,26 +7,20 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from packager.graph.kv_cache_codes import CACHE_ROLES, scale_name
-from packager.graph.names import GENAI_FILE
 from packager.io.files import dump_json, read_json, sha256_file, write_text
 from packager.io.safetensors_ranges import join, sha256_region
 from packager.memory.geometry import Geometry, read_geometry
+from packager.scoremap.folder import MapFolder, store_key
 from packager.scoremap.identity import CalibrationIdentity, Losses, MapIdentity, ModelIdentity
-from packager.scoremap.model import DIGESTS_FILE, IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE, ScoreMap, map_tensors
+from packager.scoremap.model import SCHEMA, ScoreMap, map_tensors
+from packager.scoremap.reference import HeldOut
 from packager.scoring.bench import Bench, Subject
 from packager.scoring.correction import Measured
 from packager.scoring.kv_cache_price import KvCachePrice
 from packager.scoring.workspace import Workspace
 from packager.source.checkpoint import vectors
-
-REFERENCE_FILE = "reference.safetensors"
-SKELETON_FOLDER = "skeleton"
-SIDE_FOLDER = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,45 +34,39 @@ class MapContent:
 
 def write_map(folder: Path, content: MapContent) -> MapIdentity:
     """Write the map's files into the empty `folder`, `map.json` last, with the hash of every other."""
-    subject = content.bench.subject
-    _write_store(folder, content.bench.work, content.measured.scoremap)
+    subject, paths = content.bench.subject, MapFolder(root=folder)
+    _write_store(paths, content.bench.work, content.measured.scoremap)
     arrays, metadata = map_tensors(content.measured.scoremap)
-    save_file(arrays, folder / MAP_FILE, metadata=metadata)
-    shutil.copytree(content.bench.work.skeletons, folder / SKELETON_FOLDER)
-    subject.checkpoint.save_side_files(folder / SIDE_FOLDER, subject.config, subject.tokenizer)
-    save_file(_reference(content), folder / REFERENCE_FILE)
-    identity = _identity(folder, content)
-    write_text(folder / IDENTITY_FILE, dump_json(identity.to_dict()))
+    save_file(arrays, paths.scoremap, metadata=metadata)
+    shutil.copytree(MapFolder(root=content.bench.work.folder).skeletons, paths.skeletons)
+    subject.checkpoint.save_side_files(paths.side_folder, subject.config, subject.tokenizer)
+    _write_reference(paths, content)
+    identity = _identity(paths, content)
+    write_text(paths.identity, dump_json(identity.to_dict()))
     return identity
 
 
-def _write_store(folder: Path, work: Workspace, scoremap: ScoreMap) -> None:
+def _write_store(folder: MapFolder, work: Workspace, scoremap: ScoreMap) -> None:
     """Join what the map needs of the units' files into its one store, with a digest of every tensor."""
     entries = [
-        (f"{unit.name}|{key}", tensor)
+        (store_key(unit.name, form, name), tensor)
         for unit, chain in zip(scoremap.units, scoremap.options, strict=True)
-        for key, tensor in work.stored_tensors(unit, chain).items()
+        for (form, name), tensor in work.stored_tensors(unit, chain).items()
     ]
-    join(entries, folder / STORE_FILE)
-    write_text(folder / DIGESTS_FILE, dump_json({key: sha256_region(tensor.region) for key, tensor in entries}))
+    join(entries, folder.store)
+    write_text(folder.digests, dump_json({key: sha256_region(tensor.region) for key, tensor in entries}))
 
 
-def _reference(content: MapContent) -> dict[str, NDArray[np.generic]]:
-    """The model's vectors, the held-out windows with the loss of their tokens, and the steps of 8-bit caches."""
-    reference: dict[str, NDArray[np.generic]] = {
-        f"vector.{name}": tensor.numpy() for name, tensor in vectors(content.bench.subject.model)
-    }
-    reference |= {
-        "heldout": content.bench.heldout.numpy().astype("int32"),
-        "heldout_nats": content.measured.token_nats.float().cpu().numpy(),
-    }
-    for layer, pair in content.kv_cache.steps.items():
-        for role, step in zip(CACHE_ROLES, pair, strict=True):
-            reference[scale_name(layer, role)] = step.numpy()
-    return reference
+def _write_reference(folder: MapFolder, content: MapContent) -> None:
+    """The model's vectors, the held-out windows with the loss of their tokens, and the scales of 8-bit caches."""
+    folder.reference.write(
+        {name: tensor.numpy() for name, tensor in vectors(content.bench.subject.model)},
+        HeldOut(windows=content.bench.heldout.numpy(), source_nats=content.measured.token_nats.float().cpu().numpy()),
+        {layer: (key.numpy(), value.numpy()) for layer, (key, value) in content.kv_cache.steps.items()},
+    )
 
 
-def _identity(folder: Path, content: MapContent) -> MapIdentity:
+def _identity(folder: MapFolder, content: MapContent) -> MapIdentity:
     text, measured = content.bench.text, content.measured
     return MapIdentity(
         schema=SCHEMA,
@@ -90,7 +78,7 @@ def _identity(folder: Path, content: MapContent) -> MapIdentity:
         anchors=measured.anchors,
         settings=content.bench.settings,
         versions={name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
-        files=_hashes(folder),
+        files=_hashes(folder.root),
         int8_cache=content.kv_cache.score,
     )
 
@@ -109,11 +97,10 @@ def _model_identity(subject: Subject) -> ModelIdentity:
     )
 
 
-def _geometry(folder: Path, content: MapContent) -> Geometry:
-    genai = read_json(folder / SKELETON_FOLDER / content.bench.settings.provider / GENAI_FILE)
-    tokenizer = folder / SIDE_FOLDER / "tokenizer.json"
+def _geometry(folder: MapFolder, content: MapContent) -> Geometry:
+    genai = read_json(folder.skeleton(content.bench.settings.provider).genai_config)
     return read_geometry(
-        content.bench.subject.config, nodes=content.bench.skeleton.nodes, tokenizer=tokenizer, genai=genai
+        content.bench.subject.config, nodes=content.bench.skeleton.nodes, tokenizer=folder.tokenizer, genai=genai
     )
 
 

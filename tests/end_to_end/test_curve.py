@@ -15,9 +15,10 @@ from test_cli import names, packager_, succeed
 
 from packager.io.files import dump_json
 from packager.io.safetensors_ranges import read_header
-from packager.planning.plan import load_map, plan_file_bytes
+from packager.planning.plan import plan_file_bytes
 from packager.planning.size_curve import evenly
 from packager.profile import load_profile
+from packager.scoremap.opening import open_map
 
 
 def test_thirty_sizes_are_predicted_from_the_map_alone(maps: Callable[[str], Path], tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_thirty_sizes_are_predicted_from_the_map_alone(maps: Callable[[str], Pat
     found = succeed("curve", alone, "--json").json
     assert 20 < len(found["points"]) <= 30  # a model this small has few sizes near float32
     assert found["measurement"] is None
-    loaded = load_map(maps("llama"))
+    loaded = open_map(maps("llama"))
     for point in found["points"]:
         assert point["measured"] is None
         assert (
@@ -81,7 +82,7 @@ def test_sizes_are_measured_on_the_held_out_windows(maps: Callable[[str], Path],
     report = succeed(
         "build", maps("taught"), "--profile", "laptop-16gb", "--context", 512, "-o", tmp_path / "out.bundle", "--json"
     ).json["report"]
-    source = next(check["value"] for check in report["checks"] if check["name"] == "held-out loss, source model")
+    source = next(check["value"] for check in report["checks"] if check["name"] == "held-out loss of the source model")
     assert found["measurement"]["source_nats"] == pytest.approx(source, abs=1e-6)
     assert report["measured"]["loss_nats"] == pytest.approx(most["rise_nats"], abs=1e-4)
 
@@ -169,7 +170,7 @@ def test_a_picture_needs_matplotlib_and_says_so_first(
         (
             ["--profile", "laptop-16gb", "--context", 5],
             2,
-            "context 5 tokens: expected more than 32 and at most 1024, the model's own",
+            "context 5 tokens: expected at least 33 and at most 1024, the model's own",
         ),
         (["--text", "missing.txt"], 1, "text missing.txt does not exist"),
     ],

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Pico, make_tokenizer, random_model
 from test_cli import Stop, least_budget, names, packager_, profile, succeed  # noqa: F401  the fixture `profile` is used by name
 
-from packager.bundle.writer import GRAPH_FILE, open_bundle
+from packager.bundle.folder import GRAPH_FILE
+from packager.bundle.opening import open_bundle
 from packager.cli.progress_bars import Bars
 from packager.forms.floats import FloatForm
 from packager.forms.low_rank import LowRankForm
@@ -171,8 +173,8 @@ def test_an_accelerator_of_float16_alone_gets_low_rank_in_float16(
     ]
     assert {label.rpartition(".")[2] for label in plan["choices"].values()} == {"f16"}
     assert any(label.startswith("p") for label in plan["choices"].values())
-    torch_side = load_reference(out, open_bundle(out))
-    window = torch_side.heldout[0]
+    bundle = open_bundle(out)
+    torch_side, window = load_reference(bundle), torch.from_numpy(bundle.folder.reference.held_out().windows[0])
     expected, _ = token_losses(torch_side.model, window)
     found = run_window(full_logits_session(out / GRAPH_FILE, threads=1), window.numpy())
     # Float16 carries eleven bits; the model's own spread is what an error is held against.

@@ -18,7 +18,7 @@ from conftest import Pico, random_model
 from safetensors.numpy import save_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from packager.bundle.writer import GRAPH_FILE
+from packager.bundle.folder import GRAPH_FILE
 from packager.errors import ExportError, UnsupportedModelError
 from packager.forms.floats import FloatForm
 from packager.forms.low_rank import LowRankForm

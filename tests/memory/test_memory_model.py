@@ -110,7 +110,7 @@ def test_exact_small_example() -> None:
         "session": 50,
         "weights": 5_000,
         "tokenizer": 80,
-        "heap freed by the tokenizer": 60,
+        "freed tokenizer memory not reused": 60,
         "kv cache": 640,
         "rotary tables": 160,
     }
@@ -209,7 +209,7 @@ def test_a_chunk_over_a_cache_of_codes_holds_one_layers_past_in_floats() -> None
     prefill, decode = (
         {item.name: item.bytes for item in phase.items} for phase in estimated(codes, request).phases[1:]
     )
-    assert prefill["one layer's past in floats"] == widened_bytes(codes, 4, 1_000)
+    assert prefill["one layer's key/value cache, dequantised"] == widened_bytes(codes, 4, 1_000)
     assert sum(prefill.values()) == sum(decode.values())
 
 
