@@ -1,21 +1,24 @@
 """How far a map's predictions can be trusted: random assignments of options to units, and sizes along the map's curve.
 
-    python benchmarks/prediction.py --model MODEL_FOLDER --map MAP [--calibration PATH …] [--state FILE] [--json FILE]
+    python benchmarks/prediction.py --model MODEL_FOLDER --map MAP [--calibration PATH …] [--windows N]
+        [--state FILE] [--json FILE]
 
-Each assignment is put into the torch model, inputs rounded as the CPU's kernels round them. Predicted: the sum of its
-prices, read off the map's anchors. Measured: the rise of the loss, and the divergence KL(original ‖ now), which has far
-less noise, in nats per token. The text: windows of the calibration files (--calibration, the ones the map was scored
-with) that the map never saw; without it the map's own held-out windows, on which its anchors were measured.
+Each assignment goes into the torch model, with inputs rounded as the CPU's kernels round them. Predicted: the sum of
+its prices, read off the map's anchors. Measured, in nats per token: the rise of the loss, and the divergence
+KL(original ‖ now), which has far less noise. The text: windows of the calibration files that the map never saw
+(--calibration names the files the map was scored with); without it the map's own held-out windows, on which its anchors
+were measured.
 
-Assignments are drawn in three ways, half of each above 4 bits per weight and half from 2.5 to 4: `uniform`: any of a
-unit's options up to a random number of bits; `shuffled`: the map's steps in random order, up to a random size;
-`perturbed`: a random prefix of the map, with a third of the units moved by one or two options. With --state FILE
-finished measurements are kept there, and an interrupted run goes on from them.
+Assignments are drawn in three ways, half of each above 4 bits per weight and half from 2.5 to 4:
+    uniform    any of a unit's options up to a random number of bits
+    shuffled   the map's moves in random order, up to a random size
+    perturbed  a random prefix of the map, with a third of the units moved by one or two options
+With --state FILE finished measurements are kept there, and an interrupted run goes on from them.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -25,11 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import show
+from common import make_parser, show, stored_weights, write_figures
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from packager.forms.packing import dequantize
 from packager.io.files import sha256_json
 from packager.planning.plan import LoadedMap, load_map
 from packager.planning.solver import choice_at, total_bytes, total_loss
@@ -149,8 +151,9 @@ def unseen_windows(checkpoint: Checkpoint, loaded: LoadedMap, paths: list[Path],
 
 def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Rank correlation; measured values have no ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = np.stack([np.argsort(np.argsort(values)) for values in (first, second)])
+    correlation: NDArray[np.float64] = np.atleast_2d(np.corrcoef(ranks))
+    return float(correlation[0, 1])
 
 
 def measure_cases(
@@ -166,12 +169,7 @@ def measure_cases(
     with safe_open(loaded.folder / STORE_FILE, framework="numpy") as store:
 
         def load(source: Source, option: Option) -> torch.Tensor:
-            unit, form = source.unit, option.form
-            tensors = {
-                name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
-                for name in form.tensors(unit.rows, unit.cols)
-            }
-            return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
+            return stored_weights(store, source.unit, option.form)
 
         def ask(chosen: Mapping[str, Option]) -> tuple[float, float]:
             with torch.no_grad(), perturbed(model, sources, chosen, load):
@@ -189,7 +187,7 @@ def measure_cases(
                     "forms": {name: option.form.label for name, option in chosen.items()},
                 }
             )
-            divergence, rise = ledger.recall(key, lambda chosen=chosen: ask(chosen)) if ledger else ask(chosen)
+            divergence, rise = ledger.recall(key, functools.partial(ask, chosen)) if ledger else ask(chosen)
             result = {
                 "kind": case.kind,
                 "band": case.band,
@@ -213,9 +211,7 @@ def column(results: list[dict[str, Any]], name: str) -> NDArray[np.float64]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--map", type=Path, required=True)
+    parser = make_parser(__doc__, "model", "map", windows=4, json=None)
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -223,12 +219,10 @@ def main() -> None:
         default=[],
         help="a file that the map was calibrated on; repeat as 'packager score' had it",
     )
-    parser.add_argument("--assignments", type=int, default=120)
-    parser.add_argument("--sizes", type=int, default=24, help="prefixes of the map along its curve")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--assignments", type=int, default=120, help="random assignments (default: 120)")
+    parser.add_argument("--sizes", type=int, default=24, help="prefixes of the map along its curve (default: 24)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--state", type=Path, help="keep finished measurements here, and go on from them")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     checkpoint, loaded = open_checkpoint(str(arguments.model)), load_map(arguments.map)
@@ -268,14 +262,13 @@ def main() -> None:
             f"≤ {CURVE_ERROR:.0%}",
         ]
     )
-    header = ["", "assignments", f"rise (on the curve below {_NOISY_NATS} nats: divergence)", "divergence", "target"]
     show(
-        f"{loaded.identity.model.name}, {arguments.map.name}: predicted against measured on {text}",
-        header,
+        f"{loaded.identity.model.name}, {arguments.map.name}: predicted against measured on {text}; * on the curve: "
+        f"against the rise, but below {_NOISY_NATS} nats against the divergence",
+        ["", "assignments", "rise *", "divergence", "wanted"],
         rows,
-        arguments.json,
-        results,
     )
+    write_figures(arguments.json, results)
 
 
 if __name__ == "__main__":
