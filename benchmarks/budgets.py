@@ -40,8 +40,8 @@ MEMORY_HEADER = [
     "ratio",
     "predicted",
     "measured",
-    "final peak",
-    "of budget",
+    "final",
+    "used",
     "rounds",
     "predicted rise",
     "held-out rise",
@@ -176,7 +176,7 @@ def main() -> int:
         f"{arguments.map.name} on {profile.name}, context {arguments.context}; limit enforced by "
         f"{', '.join(sorted(enforced))}"
     )
-    show(f"{title}; peaks predicted and measured are the first round's", MEMORY_HEADER, memory_rows)
+    show(f"{title}; predicted and measured: the first round's peaks", MEMORY_HEADER, memory_rows)
     show("the same budgets: verdict, and medians of the speed under the limit and without", SPEED_HEADER, speed_rows)
     write_figures(arguments.json, data)
     good = sum(not entry["failed"] for entry in data)

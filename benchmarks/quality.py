@@ -95,7 +95,16 @@ def main() -> None:
                     }
                 )
                 print(" | ".join(rows[-1]), flush=True)
-    header = ["at most", "", "bytes", "bits/weight", "rise (nats/token)", "predicted", "llama.cpp's best", "× its rise"]
+    header = [
+        "at most",
+        "variant",
+        "bytes",
+        "bits/weight",
+        "rise (nats/token)",
+        "predicted",
+        "llama.cpp's best",
+        "× its rise",
+    ]
     show(
         f"{about_windows(subject, arguments.text)}; llama.cpp's best: its least rise up to its next size", header, rows
     )
