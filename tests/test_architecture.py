@@ -169,7 +169,7 @@ def test_planning_loads_nothing_heavy(code: str) -> None:
 @pytest.mark.parametrize("verb", ["plan", "curve"])
 def test_a_plan_of_a_real_map_loads_nothing_heavy(verb: str, maps: Callable[[str], Path]) -> None:
     out = run_python(
-        f"import sys, packager.cli.parser; assert packager.cli.command.main([{verb!r}, {str(maps('llama'))!r}, "
+        f"import sys, packager.cli.command; assert packager.cli.command.main([{verb!r}, {str(maps('llama'))!r}, "
         f"'--profile', 'edge-box-256mb', '--json']) == 0\n"
         f"print('\\n' + ' '.join(sorted({HEAVY!r} & set(sys.modules))))"
     )

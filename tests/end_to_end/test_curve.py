@@ -151,8 +151,7 @@ def test_a_picture_needs_matplotlib_and_says_so_first(
     done = packager_("curve", maps("llama"), "-o", out, "--measure")
     assert done.code == 2
     assert done.err == (
-        f"packager: drawing {out} needs matplotlib, which is not installed: "
-        'pip install "edge-packager[plot]"\n'
+        f'packager: drawing {out} needs matplotlib, which is not installed: pip install "edge-packager[plot]"\n'
     )
     assert names(tmp_path) == []
     assert packager_("curve", maps("llama")).code == 0
