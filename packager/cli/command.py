@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import sys
+from collections.abc import Sequence
 
-from packager.cli.parser import make_parser
+from packager.cli.parser import parse
 from packager.errors import PackagerError
 
 _INTERRUPTED = 130
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns its exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 infeasible
     budget."""
-    arguments = make_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal of another encoding shows a question mark for what it has no letter for, and no traceback.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        return int(arguments.verb(arguments))
+        arguments = parse(words)
+        status = int(arguments.verb(arguments))
+        print(end="", flush=True)  # here, where a reader that has gone is an exception to catch
+        return status
     except PackagerError as error:
-        if getattr(arguments, "json", False):
+        # Not from what was parsed: it may be that nothing could be.
+        if any(len(word) > 2 and "--json".startswith(word) for word in words):
             detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
             print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
         print(f"packager: {error}", file=sys.stderr)
@@ -31,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has gone: nothing more to say, and nothing to flush at exit.
-        sys.stdout = None
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

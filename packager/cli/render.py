@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.bundle.folder import BundleFolder
 from packager.bundle.manifest import Polish
-from packager.bundle.opening import open_bundle
-from packager.errors import ArtifactError
-from packager.planning.plan import PLAN_FILE, Plan, read_plan
+from packager.bundle.opening import OpenedBundle
+from packager.planning.plan import Plan
 from packager.planning.size_curve import BY_PEAK, MOST_NOISE, Curve
 from packager.profile import DeviceProfile
-from packager.scoremap.folder import MapFolder
 from packager.scoremap.identity import MapIdentity
-from packager.scoremap.opening import open_map
+from packager.scoremap.opening import OpenedMap
 from packager.sizes import format_size
 from packager.validation.report import ValidationReport, round_text, shown, verdict
 
@@ -216,34 +212,30 @@ def profiles_text(profiles: Sequence[DeviceProfile]) -> str:
     return "\n".join(rows)
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What lies at `path`: a map, a plan or a bundle, as plain data."""
-    if MapFolder(root=path).scoremap.is_file():
-        loaded = open_map(path)
-        sizes = [sum(chain[index].bytes for chain in loaded.scoremap.options) for index in (0, -1)]
-        plain = loaded.identity.to_dict()
+def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
+    """What a map, a bundle or a plan holds, as plain data."""
+    if isinstance(found, OpenedMap):
+        sizes = [sum(chain[index].bytes for chain in found.scoremap.options) for index in (0, -1)]
+        plain = found.identity.to_dict()
         identity = {key: plain[key] for key in ("model", "calibration", "losses", "int8_cache", "settings", "versions")}
         return {
             "kind": "score map",
-            "units": len(loaded.scoremap.units),
-            "moves": len(loaded.scoremap.moves),
+            "units": len(found.scoremap.units),
+            "moves": len(found.scoremap.moves),
             "largest_bytes": sizes[0],
             "smallest_bytes": sizes[1],
         } | identity
-    if BundleFolder(root=path).exists():
-        manifest = open_bundle(path).manifest.to_dict()
+    if isinstance(found, OpenedBundle):
+        manifest = found.manifest.to_dict()
         shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
-        forms = forms_text(unit["form"] for unit in manifest["units"])
         return {
             "kind": "bundle",
             "files": len(manifest["files"]),
             "bytes": sum(entry["bytes"] for entry in manifest["files"]),
-            "forms": forms,
+            "forms": forms_text(unit["form"] for unit in manifest["units"]),
             "measured": manifest.get("measured"),
         } | shared
-    if path.is_file() or (path / PLAN_FILE).is_file():
-        return {"kind": "plan"} | read_plan(path if path.is_file() else path / PLAN_FILE).to_dict()
-    raise ArtifactError(f"{path} is no score map, plan or bundle")
+    return {"kind": "plan"} | found.to_dict()
 
 
 def description_text(described: Mapping[str, Any], indent: str = "") -> str:

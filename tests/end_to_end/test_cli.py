@@ -363,7 +363,7 @@ def test_context_auto_offers_a_frontier_and_builds_its_first(maps: Callable[[str
     )
 
 
-@pytest.mark.parametrize("context", [0, 32, 1025, -5])
+@pytest.mark.parametrize("context", [1025, 10**9])
 def test_a_context_the_model_does_not_have_is_a_usage_error(
     maps: Callable[[str], Path], profile: Path, context: int
 ) -> None:

@@ -280,5 +280,5 @@ def test_settings_of_acip_need_acip(picos: Callable[[str], Pico], tmp_path: Path
     done = packager_("score", picos("llama").folder, "--acip-steps", 10, "-o", tmp_path / "x.map")
     assert (done.code, done.err) == (
         2,
-        "packager: the --acip-… settings are of another method: add --method acip, or leave them out\n",
+        "packager: ACIP's settings are of another method: ask for the method acip (--method acip), or leave them out\n",
     )
