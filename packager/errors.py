@@ -15,7 +15,7 @@ PackagerError                   anything a user can act on; the command line pri
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,27 +33,28 @@ class UsageError(PackagerError):
 
 
 class MissingExtraError(UsageError):
-    """What was asked for needs an extra of the package that is not installed.
-
-    `library` is what was not found, `command` is what brings it.
+    """What was asked for needs an extra of the package that is not installed. `library` is what was not found,
+    `command` what brings it.
     """
 
     def __init__(self, purpose: str, *, library: str, extra: str) -> None:
         self.library = library
-        self.command = f"pip install 'edge-packager[{extra}]'"
-        super().__init__(f"{purpose} needs {library}, which is not installed: {self.command}")
+        self.command = f'pip install "edge-packager[{extra}]"'
+        # From PyPI torch comes with gigabytes of CUDA, which a machine without such a card has no use for.
+        smaller = " (CPU only: pip install torch --index-url https://download.pytorch.org/whl/cpu first)"
+        hint = smaller if library == "torch" else ""
+        super().__init__(f"{purpose} needs {library}, which is not installed: {self.command}{hint}")
 
 
 def require_extra(extra: str, libraries: Iterable[str], purpose: str) -> None:
-    """MissingExtraError, with the command that brings it, where one of an extra's `libraries` cannot be imported.
+    """MissingExtraError, with the command that brings it, where one of an extra's `libraries` is not installed. None of
+    them is imported.
 
     `purpose` is the subject of the sentence: "measuring on another text".
     """
     for library in libraries:
-        try:
-            importlib.import_module(library)
-        except ImportError:
-            raise MissingExtraError(purpose, library=library, extra=extra) from None
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(purpose, library=library, extra=extra)
 
 
 class ProfileError(PackagerError):
