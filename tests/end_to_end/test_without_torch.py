@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from packager.errors import MissingExtraError
+
 ABSENT = (
     "torch",
     "transformers",
@@ -25,16 +27,23 @@ ABSENT = (
 BLOCKED = f"""\
 import sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Absent())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        absent = name.partition(".")[0] in {ABSENT!r}
+        return None if absent else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 from packager.cli.command import main
 sys.exit(main(sys.argv[1:]))
 """
-LEFT_OUT = "left out: torch is not installed (pip install 'edge-packager[score]')"
+MISSING = MissingExtraError("measuring on a text of your own", library="torch", extra="score")
+LEFT_OUT = f"left out: torch is not installed ({MISSING.command})"
 PROFILE = """\
 [device]
 memory = "1GiB"
@@ -123,7 +132,4 @@ def test_curves_are_predicted_and_measured_on_held_out_text(maps: Callable[[str]
 def test_a_text_of_one_s_own_needs_the_extra(maps: Callable[[str], Path], calibration_text: Path) -> None:
     done = bare("curve", maps("llama"), "--sizes", 3, "--text", calibration_text)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        "packager: measuring on a text of your own needs torch, which is not installed: pip install "
-        "'edge-packager[score]'"
-    )
+    assert done.stderr.splitlines()[-1] == f"packager: {MISSING}"
