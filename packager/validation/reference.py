@@ -83,8 +83,10 @@ def _weights(graph: ir.Graph, unit: BundleUnit) -> np.ndarray[Any, np.dtype[np.f
     """The (rows, cols) matrix of a unit, in memory of its own. Its file is let go of: nothing of the bundle stays
     mapped here."""
     stored = unit_tensors(graph, unit)
-    tensors = {part: np.asarray(tensor.numpy()) for part, tensor in stored.items()}
-    weights = unit.parsed().dequantize(tensors, unit.rows, unit.cols)
+    # No name may hold on to what lies in the file: it could not be let go of.
+    weights = unit.parsed().dequantize(
+        {part: np.asarray(tensor.numpy()) for part, tensor in stored.items()}, unit.rows, unit.cols
+    )
     for tensor in stored.values():
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()
