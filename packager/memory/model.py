@@ -129,12 +129,14 @@ def estimate(
     unit that is multiplied, `looked_up_bytes` the part of `weights_bytes` that loading does not touch. The cache of all
     `context_tokens` is written when a generator is created, however short the prompt.
     """
-    session = MemoryItem(name="session", bytes=graph_nodes(geometry) * coefficients.session_bytes_per_node)
+    session = MemoryItem(
+        name="runtime session (graph nodes)", bytes=graph_nodes(geometry) * coefficients.session_bytes_per_node
+    )
     load = (
-        MemoryItem(name="process", bytes=coefficients.process_load_bytes),
+        MemoryItem(name="Python and the runtime libraries", bytes=coefficients.process_load_bytes),
         session,
         MemoryItem(name="weights", bytes=weights_bytes - looked_up_bytes),
-        MemoryItem(name="unit being repacked", bytes=largest_unit_bytes),
+        MemoryItem(name="largest matrix, while it is repacked", bytes=largest_unit_bytes),
     )
     entries = geometry.tokenizer_entries or geometry.tokenizer_bytes // coefficients.tokenizer_file_bytes_per_entry
     live, freed = (
@@ -148,13 +150,13 @@ def estimate(
     widened = widened_bytes(geometry, chunk, prompt_tokens)
     reused = min(cache + prefill + widened, int(freed * coefficients.reuse_ratio))
     common = (
-        MemoryItem(name="process", bytes=coefficients.process_bytes),
+        MemoryItem(name="Python and the runtime libraries", bytes=coefficients.process_bytes),
         session,
         MemoryItem(name="weights", bytes=weights_bytes),
         MemoryItem(name="tokenizer", bytes=live),
-        MemoryItem(name="freed tokenizer memory not reused", bytes=freed - reused),
-        MemoryItem(name="kv cache", bytes=cache),
-        MemoryItem(name="rotary tables", bytes=context_tokens * geometry.head_dim * _FLOAT),
+        MemoryItem(name="freed tokenizer memory, not reused", bytes=freed - reused),
+        MemoryItem(name="key/value cache", bytes=cache),
+        MemoryItem(name="rotary embedding tables", bytes=context_tokens * geometry.head_dim * _FLOAT),
     )
     past = (MemoryItem(name="one layer's key/value cache, dequantised", bytes=widened),) if widened else ()
     return MemoryEstimate(
@@ -168,7 +170,9 @@ def estimate(
                 items=(
                     *common,
                     MemoryItem(name="activations and logits", bytes=decode),
-                    MemoryItem(name="arena slack", bytes=max(0, prefill + widened - decode)),
+                    MemoryItem(
+                        name="memory that the runtime's allocator keeps", bytes=max(0, prefill + widened - decode)
+                    ),
                 ),
             ),
         )

@@ -106,21 +106,26 @@ def test_exact_small_example() -> None:
     )
     # 40 entries; cache 2·2·1·4·10·4; prefill 4 rows·(16+8)·4·2 + 50·4 + 100; decode the same for one row.
     common = {
-        "process": 2_000,
-        "session": 50,
+        "Python and the runtime libraries": 2_000,
+        "runtime session (graph nodes)": 50,
         "weights": 5_000,
         "tokenizer": 80,
-        "freed tokenizer memory not reused": 60,
-        "kv cache": 640,
-        "rotary tables": 160,
+        "freed tokenizer memory, not reused": 60,
+        "key/value cache": 640,
+        "rotary embedding tables": 160,
     }
     assert result.to_dict() == {
         "peak_bytes": 9_058,
         "peak_phase": "prefill",
         "phases": {
-            "load": {"process": 1_000, "session": 50, "weights": 4_500, "unit being repacked": 700},
+            "load": {
+                "Python and the runtime libraries": 1_000,
+                "runtime session (graph nodes)": 50,
+                "weights": 4_500,
+                "largest matrix, while it is repacked": 700,
+            },
             "prefill": common | {"activations and logits": 1_068},
-            "decode": common | {"activations and logits": 492, "arena slack": 576},
+            "decode": common | {"activations and logits": 492, "memory that the runtime's allocator keeps": 576},
         },
     }
 
@@ -136,7 +141,12 @@ def test_load_is_the_peak_of_a_model_that_is_one_large_float_matrix() -> None:
         coefficients=ROUND,
     )
     assert (result.peak_phase, result.peak_bytes) == ("load", 1_000 + 50 + 2 * 10**6)
-    assert [item.name for item in result.items] == ["process", "session", "weights", "unit being repacked"]
+    assert [item.name for item in result.items] == [
+        "Python and the runtime libraries",
+        "runtime session (graph nodes)",
+        "weights",
+        "largest matrix, while it is repacked",
+    ]
 
 
 @pytest.mark.parametrize(
