@@ -29,6 +29,13 @@ from packager.io.files import write_text
 
 GRAPH_FILE = "graph.onnx"
 GENAI_FILE = "genai_config.json"
+_DRAWN_AS = {
+    "CwmForCausalLM": "LlamaForCausalLM",
+    "HeliumForCausalLM": "Ernie4_5ForCausalLM",
+    "Ministral3ForCausalLM": "LlamaForCausalLM",
+}
+"""Architectures that the exporter does not name, and the one that it knows of the same layers (tests hold both against
+torch)."""
 _TABLE_ERROR = 0.02
 """Above what float32 angles of far positions differ by, far below what another scaling does."""
 
@@ -65,9 +72,11 @@ def export_skeleton(
     UnsupportedModelError when the exporter does not know the architecture.
     """
     architecture = (config.architectures or ["(none)"])[0]
+    architecture = _DRAWN_AS.get(architecture, architecture)
     builder, base = _exporter()
     captured: list[ir.Model] = []
     working = _readable(config)
+    working.architectures = [architecture]
     model = meta_model(config, vectors)
     with tempfile.TemporaryDirectory() as scratch:
         # The exporter reads generation settings from the folder the config says it came from.
