@@ -78,7 +78,7 @@ def write_contents(recipe: Recipe, root: Path) -> None:
     bounds = GenaiBounds(
         graph_file=GRAPH_FILE,
         context_tokens=plan.context_tokens,
-        chunk_tokens=profile.chunk_tokens,
+        chunk_tokens=source.geometry.chunk_tokens(profile.chunk_tokens, plan.context_tokens),
         kv_cache=plan.cache,
         threads=profile.threads,
     )

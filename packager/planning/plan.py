@@ -297,7 +297,7 @@ def _estimated(
         largest_unit_bytes=max(multiplied for _, _, multiplied in taken),
         context_tokens=context,
         prompt_tokens=context - PROMPT_RESERVE,
-        chunk_tokens=profile.chunk_tokens,
+        chunk_tokens=geometry.chunk_tokens(profile.chunk_tokens, context),
         coefficients=profile.coefficients,
     )
 

@@ -20,13 +20,17 @@ from packager.source.unit_weights import Source
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """A checkpoint as it was read: its configuration, its tokenizer, its weights on their device, and their hash."""
+    """A checkpoint as it was read: its configuration, its tokenizer, its weights on their device, and their hash.
+
+    In a context beyond `whole_prompt_tokens` its graph is right only for prompts in one piece, 0 where it always is.
+    """
 
     checkpoint: Checkpoint
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     model: torch.nn.Module
     sha256: str
+    whole_prompt_tokens: int = 0
 
 
 class Stopwatch:

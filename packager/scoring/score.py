@@ -29,6 +29,7 @@ from packager.scoring.bench import Bench, Skeleton, Stopwatch, Subject, first_ha
 from packager.scoring.correction import Measured, correct_and_anchor
 from packager.scoring.curvature.method import CurvatureMethod, group_curvature
 from packager.scoring.curvature.moments import Curvature, groups
+from packager.scoring.graph_check import check_graph
 from packager.scoring.kv_cache_price import KvCachePrice, price_kv_cache
 from packager.scoring.method import MakeOptions, ScoringMethod, labels_tried, rounded_blocks
 from packager.scoring.workspace import WorkKey, Workspace
@@ -132,10 +133,17 @@ def _read(
     stopwatch = Stopwatch()
     progress.phase("reading the model", 1)
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
+    # Cheap, and before what is not: a graph that is wrong would be worth no score.
+    checked = check_graph(config) if settings.provider == "cpu" else None
     text = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
     model = checkpoint.load(_dtype(checkpoint)).to(device)
     subject = Subject(
-        checkpoint=checkpoint, config=config, tokenizer=tokenizer, model=model, sha256=checkpoint.sha256()
+        checkpoint=checkpoint,
+        config=config,
+        tokenizer=tokenizer,
+        model=model,
+        sha256=checkpoint.sha256(),
+        whole_prompt_tokens=checked.whole_prompt if checked else 0,
     )
     progress.advance()
     stopwatch.lap("read")

@@ -100,7 +100,11 @@ def _model_identity(subject: Subject) -> ModelIdentity:
 def _geometry(folder: MapFolder, content: MapContent) -> Geometry:
     genai = read_json(folder.skeleton(content.bench.settings.provider).genai_config)
     return read_geometry(
-        content.bench.subject.config, nodes=content.bench.skeleton.nodes, tokenizer=folder.tokenizer, genai=genai
+        content.bench.subject.config,
+        nodes=content.bench.skeleton.nodes,
+        tokenizer=folder.tokenizer,
+        genai=genai,
+        whole_prompt_tokens=content.bench.subject.whole_prompt_tokens,
     )
 
 
