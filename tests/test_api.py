@@ -338,7 +338,7 @@ def test_the_least_context_is_the_plan_s() -> None:
 def test_rules_of_acip_are_those_of_its_settings() -> None:
     import dataclasses
 
-    from packager.scoring.acip.training import BASES, AcipSettings
+    from packager.scoremap.settings import BASES, AcipSettings
 
     assert set(arguments.ACIP) <= {field.name for field in dataclasses.fields(AcipSettings)}
     assert arguments.ACIP_BASIS.words == BASES
@@ -359,7 +359,7 @@ def test_an_extra_that_is_missing_is_named_with_its_command(monkeypatch: pytest.
         (lambda: packager.score("m", out="never"), "'score'"),
         (lambda: packager.pack("m", profile="laptop-16gb", out="never"), "'pack'"),
         (lambda: packager.build("pico.map", **OUT, polish=1, model="m"), "polishing"),
-        (lambda: packager.curve("pico.map", text="text.txt"), "measuring on another text"),
+        (lambda: packager.curve("pico.map", text="text.txt"), "measuring on a text of your own"),
         (lambda: packager.calibrate_profile("laptop-16gb", out="never.toml"), "'profiles calibrate'"),
     ]
     for call, purpose in wanting:

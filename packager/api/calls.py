@@ -304,7 +304,7 @@ def curve(
 
     device = load_profile(NO_DEVICE if profile is None else profile)
     if path is not None:
-        require_extra("score", SCORE_LIBRARIES, "measuring on another text")
+        require_extra("score", SCORE_LIBRARIES, "measuring on a text of your own")
         wanted = wanted or SOME_SIZES
     opened = _opened(map)
     from packager.planning.plan import Request
