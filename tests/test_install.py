@@ -59,7 +59,7 @@ def test_the_extras_are_these() -> None:
     assert extras["dev"][0] == "edge-packager[score,plot]"
     assert not BARE & (SCORE | PLOT)
     assert {"torch", "transformers", "optimum", "tokenizers"} <= SCORE
-    from packager.api.calls import SCORE_LIBRARIES
+    from packager.api.given import SCORE_LIBRARIES
 
     assert set(SCORE_LIBRARIES) == SCORE
 

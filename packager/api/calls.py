@@ -8,47 +8,42 @@ printed: long work tells a `progress` how far it is.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from packager.api import arguments
 from packager.api.arguments import Context, as_flag, as_path, as_paths, as_text, checked
+from packager.api.given import (
+    SCORE_LIBRARIES,
+    AnyPath,
+    AnyProfile,
+    Paths,
+    device_here,
+    listener_of,
+    model_name,
+    opened_map,
+    polishing_with,
+    profile_of,
+    request_for,
+    scoring_settings,
+)
 from packager.errors import ArtifactError, UsageError, require_extra
 from packager.profile import DeviceProfile, shipped_profiles, with_memory
-from packager.profile import load_profile as _load_profile
-from packager.progress import Progress, Silent
+from packager.progress import Progress
 
 if TYPE_CHECKING:
     from packager.bundle.opening import OpenedBundle
     from packager.memory.calibrate import MeasuredCoefficients
     from packager.pipeline import Built
-    from packager.planning.plan import Plan, Request
+    from packager.planning.plan import Plan
     from packager.planning.size_curve import Curve
     from packager.scoremap.opening import OpenedMap
-    from packager.scoremap.settings import AcipSettings, ScoreSettings
-    from packager.scoring.polish_plan import Polishing
+    from packager.scoremap.settings import AcipSettings
     from packager.scoring.score import ScoreReport
     from packager.validation.report import ValidationReport
 
-AnyPath: TypeAlias = str | PathLike[str]
-Paths: TypeAlias = AnyPath | Sequence[AnyPath]
-AnyProfile: TypeAlias = AnyPath | DeviceProfile
-
 SOME_SIZES = 8
 """What of a curve is measured where only a text is given."""
-SCORE_LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "gguf",
-    "huggingface_hub",
-    "optimum",
-    "pyarrow",
-    "tokenizers",
-)
 
 
 def pack(
@@ -83,13 +78,13 @@ def pack(
     >>> built.plan.peak_bytes <= built.plan.budget_bytes
     True
     """
-    request = _request(profile, budget, context, kv_cache)
+    request = request_for(profile, budget, context, kv_cache)
     floats = as_flag(float_only, "float_only") or not request.profile.bits
-    settings = _settings(tokens, seed, quick, request.profile.provider, floats, method, acip)
-    source, target, kept = _model(model), as_path(out, "out"), None if map is None else as_path(map, "map")
-    texts, listener = as_paths(calibration, "calibration"), _listener(progress)
+    settings = scoring_settings(tokens, seed, quick, request.profile.provider, floats, method, acip)
+    source, target, kept = model_name(model), as_path(out, "out"), None if map is None else as_path(map, "map")
+    texts, listener = as_paths(calibration, "calibration"), listener_of(progress)
     validated, replacing = as_flag(validate, "validate"), as_flag(force, "force")
-    torch_device = _device(device, "'pack'")
+    torch_device = device_here(device, "'pack'")
     from packager import pipeline
 
     return pipeline.pack(
@@ -133,12 +128,12 @@ def score(
     >>> report.identity.model.architecture
     'LlamaForCausalLM'
     """
-    settings = _settings(
+    settings = scoring_settings(
         tokens, seed, quick, checked(arguments.PROVIDER, provider, "provider"), float_only, method, acip
     )
-    source, target, texts = _model(model), as_path(out, "out"), as_paths(calibration, "calibration")
-    listener, replacing = _listener(progress), as_flag(force, "force")
-    torch_device = _device(device, "'score'")
+    source, target, texts = model_name(model), as_path(out, "out"), as_paths(calibration, "calibration")
+    listener, replacing = listener_of(progress), as_flag(force, "force")
+    torch_device = device_here(device, "'score'")
     from packager.scoring.score import score_model
     from packager.source.checkpoint import open_checkpoint
 
@@ -173,9 +168,9 @@ def plan(
     >>> plan.peak_bytes <= plan.budget_bytes
     True
     """
-    request = _request(profile, budget, context, kv_cache)
+    request = request_for(profile, budget, context, kv_cache)
     target = None if out is None else as_path(out, "out")
-    found = request.plan(_opened(map))
+    found = request.plan(opened_map(map))
     if target is not None:
         write_plan(found, out=target)
     return found
@@ -192,7 +187,7 @@ def frontier(
     >>> plans[0] == packager.plan("pico.map", profile="laptop-16gb", budget="5%", context="auto")
     True
     """
-    return _request(profile, budget, "auto", kv_cache).frontier(_opened(map))
+    return request_for(profile, budget, "auto", kv_cache).frontier(opened_map(map))
 
 
 def write_plan(plan: Plan, *, out: AnyPath) -> None:
@@ -234,13 +229,13 @@ def build(
     >>> built.plan.cache in ("float", "int8")
     True
     """
-    request = _request(profile, budget, context, kv_cache)
-    target, texts, listener = as_path(out, "out"), as_paths(calibration, "calibration"), _listener(progress)
+    request = request_for(profile, budget, context, kv_cache)
+    target, texts, listener = as_path(out, "out"), as_paths(calibration, "calibration"), listener_of(progress)
     validated, replacing = as_flag(validate, "validate"), as_flag(force, "force")
     minutes = None if polish is None else checked(arguments.MINUTES, polish, "polish")
-    source = None if model is None else _model(model)
-    opened = _opened(map)
-    polishing = None if minutes is None else _polishing(minutes, source, texts)
+    source = None if model is None else model_name(model)
+    opened = opened_map(map)
+    polishing = None if minutes is None else polishing_with(minutes, source, texts)
     from packager import pipeline
 
     return pipeline.build(
@@ -264,7 +259,7 @@ def validate(bundle: AnyPath, *, progress: Progress | None = None) -> Validation
     >>> [check.name for check in report.checks if check.passed is False]
     []
     """
-    root, listener = as_path(bundle, "bundle"), _listener(progress)
+    root, listener = as_path(bundle, "bundle"), listener_of(progress)
     from packager.validation.report import earlier_rounds, write_report
     from packager.validation.validate import validate_bundle
 
@@ -299,14 +294,14 @@ def curve(
     count, most_windows = checked(arguments.SIZES, sizes, "sizes"), checked(arguments.WINDOWS, windows, "windows")
     wanted = None if measure is None else checked(arguments.SIZES, measure, "measure")
     tokens = None if context is None else checked(arguments.CONTEXT_TOKENS, context, "context")
-    path, listener = None if text is None else as_path(text, "text"), _listener(progress)
+    path, listener = None if text is None else as_path(text, "text"), listener_of(progress)
     from packager.planning.plan import NO_DEVICE
 
-    device = load_profile(NO_DEVICE if profile is None else profile)
+    device = profile_of(NO_DEVICE if profile is None else profile)
     if path is not None:
         require_extra("score", SCORE_LIBRARIES, "measuring on a text of your own")
         wanted = wanted or SOME_SIZES
-    opened = _opened(map)
+    opened = opened_map(map)
     from packager.planning.plan import Request
     from packager.planning.size_curve import evenly, predict
 
@@ -375,10 +370,7 @@ def open_map(path: AnyPath) -> OpenedMap:
     >>> packager.open_map("pico.map").identity.model.name
     'pico-llama'
     """
-    folder = as_path(path, "path")
-    from packager.scoremap import opening
-
-    return opening.open_map(folder)
+    return opened_map(as_path(path, "path"))
 
 
 def open_bundle(path: AnyPath) -> OpenedBundle:
@@ -401,7 +393,7 @@ def profiles() -> tuple[DeviceProfile, ...]:
     >>> "laptop-16gb" in [profile.name for profile in packager.profiles()]
     True
     """
-    return tuple(_load_profile(name) for name in shipped_profiles())
+    return tuple(profile_of(name) for name in shipped_profiles())
 
 
 def load_profile(profile: AnyProfile) -> DeviceProfile:
@@ -411,11 +403,7 @@ def load_profile(profile: AnyProfile) -> DeviceProfile:
     >>> packager.load_profile("laptop-16gb").memory_bytes
     17179869184
     """
-    if isinstance(profile, DeviceProfile):
-        return profile
-    if not isinstance(profile, str | PathLike):
-        raise UsageError(f"profile: expected a name, a path to a .toml file or a DeviceProfile, found {profile!r}")
-    return _load_profile(str(as_path(profile, "profile")))
+    return profile_of(profile)
 
 
 def calibrate_profile(
@@ -429,7 +417,7 @@ def calibrate_profile(
     Traceback (most recent call last):
     packager.errors.UsageError: out: expected the name of a .toml file, found 'mine.json'
     """
-    profile, target, listener = load_profile(base), as_path(out, "out"), _listener(progress)
+    profile, target, listener = profile_of(base), as_path(out, "out"), listener_of(progress)
     if target.suffix != ".toml":
         raise UsageError(f"out: expected the name of a .toml file, found {str(target)!r}")
     if target.exists() and not as_flag(force, "force"):
@@ -442,115 +430,3 @@ def calibrate_profile(
     found = calibrate(profile, target.parent, listener)
     write_text(target, with_memory(profile, found.section()))
     return found
-
-
-def _opened(map: AnyPath | OpenedMap) -> OpenedMap:
-    from packager.scoremap.opening import OpenedMap
-
-    if isinstance(map, OpenedMap):
-        return map
-    if not isinstance(map, str | PathLike):
-        raise UsageError(f"map: expected a folder or an opened map, found {map!r}")
-    return open_map(as_path(map, "map"))
-
-
-def _model(model: AnyPath) -> str:
-    return str(as_path(model, "model"))
-
-
-def _listener(progress: Progress | None) -> Progress:
-    if progress is None:
-        return Silent()
-    if isinstance(progress, Progress):
-        return progress
-    raise UsageError(f"progress: expected an object with phase, advance and warn, found {progress!r}")
-
-
-def _request(profile: AnyProfile, budget: int | str | None, context: Context | None, kv_cache: str | None) -> Request:
-    device = load_profile(profile)
-    budget_bytes = _budget(budget, device)
-    tokens = None if context is None else checked(arguments.CONTEXT, context, "context")
-    cache = None if kv_cache is None else checked(arguments.KV_CACHE, kv_cache, "kv_cache")
-    from packager.planning.plan import Request
-
-    return Request(profile=device, budget_bytes=budget_bytes, context_tokens=tokens, cache=cache)
-
-
-def _budget(budget: int | str | None, profile: DeviceProfile) -> int | None:
-    from packager.sizes import parse_size
-
-    if budget is None:
-        return None
-    if isinstance(budget, str):
-        return parse_size(budget, of_bytes=profile.memory_bytes)
-    return checked(arguments.BUDGET_BYTES, budget, "budget")
-
-
-def _device(device: str, purpose: str) -> str:
-    """A device that torch has here. MissingExtraError where there is no torch."""
-    name = checked(arguments.DEVICE, device, "device")
-    require_extra("score", SCORE_LIBRARIES, purpose)
-    if name != "cpu":
-        import torch
-
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
-            raise UsageError(
-                f"device: {name} is not here: PyTorch {torch.__version__} finds no CUDA device; expected cpu"
-            )
-        if int(name.partition(":")[2] or 0) >= count:
-            raise UsageError(f"device: {name} is not here: expected cuda:0 to cuda:{count - 1}")
-    return name
-
-
-def _settings(
-    tokens: int,
-    seed: int,
-    quick: bool,
-    provider: str,
-    float_only: bool,
-    method: str,
-    acip: AcipSettings | Mapping[str, Any] | None,
-) -> ScoreSettings:
-    """The settings, checked before torch is asked for, with the defaults that `quick` has. `acip` is what differs from
-    the defaults of the method, a whole AcipSettings, or None for another method.
-    """
-    from packager.scoremap.settings import QUICK_TOKENS, ScoreSettings
-
-    chosen = checked(arguments.METHOD, method, "method")
-    if chosen != "acip" and acip is not None:
-        raise UsageError(
-            "ACIP's settings are of another method: ask for the method acip (--method acip), or leave them out"
-        )
-    count, rough = checked(arguments.TOKENS, tokens, "tokens"), as_flag(quick, "quick")
-    return ScoreSettings(
-        tokens=min(count, QUICK_TOKENS) if rough else count,
-        seed=checked(arguments.SEED, seed, "seed"),
-        quick=rough,
-        provider=provider,
-        float_only=as_flag(float_only, "float_only"),
-        acip=_acip(acip or {}, quick=rough) if chosen == "acip" else None,
-    )
-
-
-def _acip(acip: AcipSettings | Mapping[str, Any], *, quick: bool) -> AcipSettings:
-    from packager.scoremap.settings import QUICK_ACIP, AcipSettings
-
-    if isinstance(acip, AcipSettings):
-        return acip
-    if not isinstance(acip, Mapping):
-        raise UsageError(f"acip: expected AcipSettings, or what differs from the defaults, found {acip!r}")
-    if unknown := [key for key in acip if key not in arguments.ACIP]:
-        raise UsageError(f"acip: {unknown[0]!r} is unknown: expected some of {', '.join(arguments.ACIP)}")
-    given = {key: checked(arguments.ACIP[key], value, f"acip[{key!r}]") for key, value in acip.items()}
-    return dataclasses.replace(QUICK_ACIP if quick else AcipSettings(), **given)
-
-
-def _polishing(minutes: float, model: str | None, texts: tuple[Path, ...]) -> Polishing:
-    if model is None:
-        raise UsageError("polish needs the map's own model: name it too (--polish 10 --model FOLDER)")
-    require_extra("score", SCORE_LIBRARIES, "polishing")
-    from packager.scoring.polish_plan import Polishing
-    from packager.source.checkpoint import open_checkpoint
-
-    return Polishing(checkpoint=open_checkpoint(model), minutes=minutes, calibration_paths=texts)

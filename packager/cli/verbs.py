@@ -63,7 +63,8 @@ def score(arguments: argparse.Namespace) -> int:
             "nats_per_byte": done.nats_per_byte,
             "warnings": done.warnings,
         }
-        _print_json({"identity": done.identity.to_dict()} | costs)
+        # The phases in their order.
+        _print_json({"identity": done.identity.to_dict()} | costs, sort_keys=False)
     else:
         print(f"score map of {done.identity.model.name} written to {arguments.output}")
         print(render.score_text(done.identity, done.nats_per_byte, done.seconds, done.peak_bytes))
@@ -267,6 +268,6 @@ def _progress() -> Bars:
     return Bars()
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: Any, *, sort_keys: bool = True) -> None:
     """One document on stdout, in ASCII, which every terminal and pipe can take."""
-    print(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+    print(json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False))
