@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from packager.errors import RuntimeCheckError
 from packager.graph.kv_cache_codes import widen_caches
+from packager.runtime.device_check import encode, strip, text_rules
+from packager.runtime.tokenizer_probe import render_chat
 
 _PRUNE = "/lm_head/prune/Gather"
 _UNSQUEEZE = "/lm_head/prune/Unsqueeze"
@@ -100,13 +102,12 @@ def generate(root: Path, prompt: str, *, most_tokens: int, chat: bool = True) ->
 
     try:
         model = og.Model(str(root))
-        tokenizer = og.Tokenizer(model)
+        tokenizer, rules = og.Tokenizer(model), text_rules(root)
         text = prompt
-        if chat and (root / "chat_template.jinja").is_file():
-            text = tokenizer.apply_chat_template(
-                json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True
-            )
-        ids = tokenizer.encode(text)
+        chat = chat and (root / "chat_template.jinja").is_file()
+        if chat:
+            text = render_chat(root, [{"role": "user", "content": prompt}])
+        ids = encode(tokenizer, text, rules, bare=not chat)
         limit = json.loads((root / "genai_config.json").read_text())["search"]["max_length"]
         if len(ids) >= limit:
             raise RuntimeCheckError(
@@ -118,8 +119,16 @@ def generate(root: Path, prompt: str, *, most_tokens: int, chat: bool = True) ->
         generator = og.Generator(model, params)
         generator.append_tokens(ids)
         stream = tokenizer.create_stream()
+        kept: str | None = ""
         while not generator.is_done():
             generator.generate_next_token()
-            yield stream.decode(generator.get_next_tokens()[0])
+            piece = str(stream.decode(generator.get_next_tokens()[0]))
+            if kept is not None:
+                # The spaces that the model's own tokenizer takes off may come in several pieces.
+                kept += piece
+                if not kept.strip(" "):
+                    continue
+                piece, kept = strip(kept, rules), None
+            yield piece
     except RuntimeError as error:
         raise RuntimeCheckError(f"onnxruntime-genai failed on {root}: {str(error)[:300]}") from error

@@ -68,6 +68,7 @@ from packager.scoring.workspace import (
 )
 from packager.source.calibration_text import Calibration, load_calibration, nats_per_byte, unfamiliar
 from packager.source.checkpoint import Checkpoint, vectors
+from packager.source.stop_tokens import with_stop_tokens
 from packager.source.unit_weights import Source, find_sources
 
 REFERENCE_FILE = "reference.safetensors"
@@ -142,6 +143,8 @@ def score_model(
 
     progress.phase("reading the model", 1)
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
+    config = with_stop_tokens(config, checkpoint.stop_tokens(config, tokenizer))
+    runtime_tokenizer = checkpoint.runtime_tokenizer(config, tokenizer)
     calibration = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
     model = checkpoint.load(_dtype(checkpoint)).to(device)
     model_hash = checkpoint.sha256()
@@ -194,7 +197,7 @@ def score_model(
         arrays, metadata = map_tensors(scoremap)
         save_file(arrays, staging / MAP_FILE, metadata=metadata)
         shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
-        checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
+        checkpoint.save_side_files(staging / SIDE_FOLDER, config, runtime_tokenizer)
         reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
         reference |= {
             "heldout": heldout.numpy().astype("int32"),

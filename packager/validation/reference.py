@@ -114,8 +114,9 @@ def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np
 
 @torch.no_grad()
 def write_golden(reference: Reference, out: Path, *, context_tokens: int) -> None:
-    """Fixed prompts and texts with what the reference makes of them: token ids, last logits (vocabulary,), greedy
-    tokens, and at each the gap between the two best logits."""
+    """Fixed prompts and texts with what the reference makes of them: token ids, with special tokens and (plain)
+    without, last logits (vocabulary,), greedy tokens, and at each the gap between the two best logits. And the tokens
+    at which the model stops."""
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     steps = min(GREEDY_TOKENS, context_tokens // 4)
     for number, prompt in enumerate(PROMPTS):
@@ -125,11 +126,16 @@ def write_golden(reference: Reference, out: Path, *, context_tokens: int) -> Non
         tensors[f"prompt.{number}.logits"] = first
         tensors[f"prompt.{number}.greedy"] = np.array(greedy, np.int32)
         tensors[f"prompt.{number}.gaps"] = np.array(gaps, np.float32)
+    stops = getattr(reference.model.config, "eos_token_id", None)
+    if stops is not None:
+        tensors["stops"] = np.array(stops if isinstance(stops, list) else [stops], np.int32)
     for number, text in enumerate(TEXTS):
         ids = reference.tokenizer(text)["input_ids"]
-        decoded = reference.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        plain = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+        decoded = reference.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         tensors[f"text.{number}.bytes"] = np.frombuffer(text.encode(), np.uint8)
         tensors[f"text.{number}.ids"] = np.array(ids, np.int32)
+        tensors[f"text.{number}.plain"] = np.array(plain, np.int32)
         tensors[f"text.{number}.decoded"] = np.frombuffer(decoded.encode(), np.uint8)
     save_file(tensors, out)
 
