@@ -291,9 +291,9 @@ _MACRO = (
 _DATED = "{{ 'Today is ' + strftime_now('%d %B %Y') + '\\n' }}" + _CHATML
 _SYSTEM_LAST = (
     "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
-    "{% set ns.system = m.content %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.last %}{{ ns.system }}"
-    "{% endif %} {{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
+    "{% set ns.system = m.content %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST]{% if loop.last %}{{ ns.system }}{% endif %} {{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 _COUNTING = "{% for message in messages %}{{ '%03d ' % loop.index }}" + _CHATML.removeprefix(
     "{% for message in messages %}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from packager.errors import PackagerError, RuntimeCheckError, UnsupportedModelError
@@ -82,10 +83,10 @@ def check_runtime_tokenizer(
     `source_file` is the source's own tokenizer.json, if it has one; `without_template` leaves the chat template out.
     UnsupportedModelError names what the runtime cannot, and what to do.
     """
-    _refuse_ids_beyond(tokenizer, config)
+    _refuse_ids_beyond(tokenizer, config, source_file)
     if without_template:
         template = None
-    files = tokenizer_files(tokenizer, template.text if template else None, source_file)
+    files = tokenizer_files(tokenizer, template.text if template else None, source_file, rows=_rows(config))
     with tempfile.TemporaryDirectory(prefix="packager-") as scratch:
         folder = Path(scratch)
         config.save_pretrained(folder)
@@ -117,10 +118,18 @@ _GENAI = {
 }
 
 
-def _refuse_ids_beyond(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Every token needs a row of the embedding."""
-    rows = int(config.get_text_config().vocab_size)
+def _rows(config: PretrainedConfig) -> int:
+    return int(config.get_text_config().vocab_size)
+
+
+def _refuse_ids_beyond(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, source_file: Path | None) -> None:
+    """Every token of the source's own needs a row of the embedding; what a class of transformers adds to it does not,
+    and is left out of what is written."""
+    rows = _rows(config)
     vocabulary = tokenizer.get_vocab()
+    if source_file is not None and source_file.is_file():
+        own = Tokenizer.from_file(str(source_file)).get_vocab(with_added_tokens=True)
+        vocabulary = {token: number for token, number in vocabulary.items() if token in own or number < rows}
     token = max(vocabulary, key=lambda name: vocabulary[name], default=None)
     if token is not None and vocabulary[token] >= rows:
         raise UnsupportedModelError(

@@ -68,10 +68,10 @@ class TokenizerFiles:
 
 
 def tokenizer_files(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, source_file: Path | None = None
+    tokenizer: PreTrainedTokenizerBase, template: str | None, source_file: Path | None = None, *, rows: int
 ) -> TokenizerFiles:
-    """The files of `tokenizer` with chat template `template`. `source_file`, the source's own tokenizer.json, is taken
-    byte for byte where it means the same.
+    """The files of `tokenizer` with chat template `template`, for a model with `rows` rows of embeddings.
+    `source_file`, the source's own tokenizer.json, is taken byte for byte where it means the same.
 
     UnsupportedModelError names a kind of tokenizer that the runtime has no form for.
     """
@@ -84,6 +84,8 @@ def tokenizer_files(
     spec: dict[str, Any] = json.loads(backend.to_str())
     # What a call pads or cuts is not the model's, and is left out by save_pretrained as well.
     spec["padding"] = spec["truncation"] = None
+    # A class of transformers adds its usual tokens to a vocabulary that lacks them: they have no row.
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < rows]
     kind = str(spec["model"].get("type"))
     if kind != "BPE":
         raise UnsupportedModelError(_no_form(kind))
@@ -95,7 +97,7 @@ def tokenizer_files(
         own = source_file.read_text(encoding="utf-8")
         if json.loads(own) == form.spec:
             text = own
-    config = _config(tokenizer, template)
+    config = _config(tokenizer, template, rows)
     texts = {TOKENIZER_FILE: text, CONFIG_FILE: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
     if template is not None:
         texts[TEMPLATE_FILE] = template
@@ -219,12 +221,13 @@ def _absorbing(spec: Mapping[str, Any], form: _Form) -> _Form:
     return form
 
 
-def _config(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[str, Any]:
+def _config(tokenizer: PreTrainedTokenizerBase, template: str | None, rows: int) -> dict[str, Any]:
     """tokenizer_config.json. Nothing in it makes a version of transformers build the pipeline anew: the begin and end
     tokens are in tokenizer.json's post-processor, and the class is one that takes that file as it is."""
     config: dict[str, Any] = {}
     for role in _ROLES:
-        if (token := getattr(tokenizer, role, None)) is not None:
+        token, number = getattr(tokenizer, role, None), getattr(tokenizer, f"{role}_id", None)
+        if token is not None and number is not None and number < rows:
             config[role] = str(token)
     others = [str(token) for token in getattr(tokenizer, "extra_special_tokens", None) or []]
     if others:
