@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -14,6 +15,9 @@ _INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Run one command line. Returns its exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 infeasible
     budget."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most scripts
     arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.verb(arguments))
