@@ -1,7 +1,8 @@
 """`golden.safetensors`: fixed prompts and texts, and what the reference makes of them, for the acceptance test.
 
 prompt.N.ids, .logits, .greedy, .gaps    see `GoldenPrompt`
-text.N.bytes, .ids, .decoded             see `GoldenText`
+text.N.bytes, .ids, .plain, .decoded     see `GoldenText`
+stops                                    the tokens at which a generation ends
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ class GoldenPrompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldenText:
-    """A text, its token ids, and the text that these decode to."""
+    """A text, its token ids, the `plain` ones without special tokens, and the text that these decode to."""
 
     text: str
     ids: Sequence[int]
+    plain: Sequence[int]
     decoded: str
 
 
-def write_golden_file(path: Path, prompts: Sequence[GoldenPrompt], texts: Sequence[GoldenText]) -> None:
+def write_golden_file(
+    path: Path, prompts: Sequence[GoldenPrompt], texts: Sequence[GoldenText], stops: Sequence[int]
+) -> None:
     """Write the file."""
-    tensors: dict[str, NDArray[Any]] = {}
+    tensors: dict[str, NDArray[Any]] = {"stops": np.array(stops, np.int32)} if stops else {}
     for number, prompt in enumerate(prompts):
         tensors |= {
             f"prompt.{number}.ids": np.array(prompt.ids, np.int32),
@@ -50,6 +54,7 @@ def write_golden_file(path: Path, prompts: Sequence[GoldenPrompt], texts: Sequen
         tensors |= {
             f"text.{number}.bytes": np.frombuffer(text.text.encode(), np.uint8),
             f"text.{number}.ids": np.array(text.ids, np.int32),
+            f"text.{number}.plain": np.array(text.plain, np.int32),
             f"text.{number}.decoded": np.frombuffer(text.decoded.encode(), np.uint8),
         }
     save_file(tensors, path)

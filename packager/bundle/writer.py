@@ -197,7 +197,19 @@ def _card(source: OpenedMap, plan: Plan) -> str:
 
 ```python
 import onnxruntime_genai as og
+from check import decode, encode, text_rules  # the bundle's own check.py
+
 model = og.Model(".")
-tokenizer = og.Tokenizer(model)
+tokenizer, rules = og.Tokenizer(model), text_rules()
+params = og.GeneratorParams(model)
+params.set_search_options(max_length={plan.context_tokens}, do_sample=False)
+generator = og.Generator(model, params)
+ids = encode(tokenizer, "The three most important things are", rules)
+generator.append_tokens(ids)
+while not generator.is_done():
+    generator.generate_next_token()
+print(decode(tokenizer, generator.get_sequence(0)[len(ids):], rules))
 ```
+
+A text of a chat template has its special tokens already: `encode(tokenizer, text, rules, bare=False)`.
 """

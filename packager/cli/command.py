@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns its exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 infeasible
     budget."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal of another encoding shows a question mark for what it has no letter for, and no traceback.
-        sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most scripts
     try:
         arguments = parse(words)
         status = int(arguments.verb(arguments))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 
 from packager.errors import RuntimeCheckError
 from packager.graph.kv_cache_codes import widen_caches
+from packager.runtime.device_check import encode, strip, text_rules
+from packager.runtime.tokenizer_probe import render_chat
 
 _PRUNE = "/lm_head/prune/Gather"
 _UNSQUEEZE = "/lm_head/prune/Unsqueeze"
@@ -104,13 +105,11 @@ def generate(root: Path, prompt: str, *, context_tokens: int, most_tokens: int, 
 
     try:
         model = og.Model(str(root))
-        tokenizer = og.Tokenizer(model)
+        tokenizer, rules = og.Tokenizer(model), text_rules(root)
         text = prompt
         if chat:
-            text = tokenizer.apply_chat_template(
-                json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True
-            )
-        ids = tokenizer.encode(text)
+            text = render_chat(root, [{"role": "user", "content": prompt}])
+        ids = encode(tokenizer, text, rules, bare=not chat)
         if len(ids) >= context_tokens:
             raise RuntimeCheckError(
                 f"the prompt has {len(ids)} tokens, the bundle's context is {context_tokens}: shorten the prompt "
@@ -121,8 +120,16 @@ def generate(root: Path, prompt: str, *, context_tokens: int, most_tokens: int, 
         generator = og.Generator(model, params)
         generator.append_tokens(ids)
         stream = tokenizer.create_stream()
+        kept: str | None = ""
         while not generator.is_done():
             generator.generate_next_token()
-            yield stream.decode(generator.get_next_tokens()[0])
+            piece = str(stream.decode(generator.get_next_tokens()[0]))
+            if kept is not None:
+                # The spaces that the model's own tokenizer takes off may come in several pieces.
+                kept += piece
+                if not kept.strip(" "):
+                    continue
+                piece, kept = strip(kept, rules), None
+            yield piece
     except RuntimeError as error:
         raise RuntimeCheckError(f"onnxruntime-genai failed on {root}: {str(error)[:300]}") from error

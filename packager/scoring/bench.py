@@ -15,12 +15,14 @@ from packager.scoremap.settings import ScoreSettings
 from packager.scoring.workspace import Workspace
 from packager.source.calibration_text import CalibrationText
 from packager.source.checkpoint import Checkpoint
+from packager.source.tokenizer_check import RuntimeTokenizer
 from packager.source.unit_weights import Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """A checkpoint as it was read: its configuration, its tokenizer, its weights on their device, and their hash.
+    """A checkpoint as it was read: its configuration, its tokenizer and the runtime's, its weights on their device,
+    and their hash.
 
     In a context beyond `whole_prompt_tokens` its graph is right only for prompts in one piece, 0 where it always is.
     """
@@ -28,6 +30,7 @@ class Subject:
     checkpoint: Checkpoint
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    runtime_tokenizer: RuntimeTokenizer
     model: torch.nn.Module
     sha256: str
     whole_prompt_tokens: int = 0

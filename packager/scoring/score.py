@@ -36,6 +36,7 @@ from packager.scoring.workspace import WorkKey, Workspace
 from packager.scoring.write_map import MapContent, write_map
 from packager.source.calibration_text import CalibrationText, load_calibration, nats_per_byte, unfamiliar
 from packager.source.checkpoint import Checkpoint, vectors
+from packager.source.stop_tokens import with_stop_tokens
 from packager.source.unit_weights import Source, find_sources
 
 _KV_CACHE_WINDOWS = 16
@@ -133,7 +134,9 @@ def _read(
     stopwatch = Stopwatch()
     progress.phase("reading the model", 1)
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
-    # Cheap, and before what is not: a graph that is wrong would be worth no score.
+    # Cheap, and before what is not: a tokenizer or a graph that is wrong would be worth no score.
+    config = with_stop_tokens(config, checkpoint.stop_tokens(config, tokenizer))
+    runtime_tokenizer = checkpoint.runtime_tokenizer(config, tokenizer)
     checked = check_graph(config) if settings.provider == "cpu" else None
     text = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
     model = checkpoint.load(_dtype(checkpoint)).to(device)
@@ -141,6 +144,7 @@ def _read(
         checkpoint=checkpoint,
         config=config,
         tokenizer=tokenizer,
+        runtime_tokenizer=runtime_tokenizer,
         model=model,
         sha256=checkpoint.sha256(),
         whole_prompt_tokens=checked.whole_prompt if checked else 0,

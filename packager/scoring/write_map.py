@@ -39,7 +39,7 @@ def write_map(folder: Path, content: MapContent) -> MapIdentity:
     arrays, metadata = map_tensors(content.measured.scoremap)
     save_file(arrays, paths.scoremap, metadata=metadata)
     shutil.copytree(MapFolder(root=content.bench.work.folder).skeletons, paths.skeletons)
-    subject.checkpoint.save_side_files(paths.side_folder, subject.config, subject.tokenizer)
+    subject.checkpoint.save_side_files(paths.side_folder, subject.config, subject.runtime_tokenizer)
     _write_reference(paths, content)
     identity = _identity(paths, content)
     write_text(paths.identity, dump_json(identity.to_dict()))

@@ -112,9 +112,9 @@ def _interleave(pools: Iterable[Tensor]) -> Tensor:
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """(n, 512) token ids: the text as one stream, each window opened with the model's start token where it has one."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    # A model that its tokenizer gives a start token expects one in front of everything.
-    opened = tokenizer("a").input_ids
-    start = opened[:1] if tokenizer.bos_token_id is not None and opened[:1] == [tokenizer.bos_token_id] else []
+    # A model that its tokenizer gives start tokens expects them in front of everything.
+    opened, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    start: list[int] = next((opened[:at] for at in range(len(opened)) if opened[at : at + len(bare)] == bare), [])
     body = WINDOW - len(start)
     count = len(ids) // body
     stream = torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body)

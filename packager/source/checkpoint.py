@@ -21,11 +21,20 @@ from transformers.utils import logging as transformers_logging
 from packager.errors import ArtifactError, ModelError, PackagerError, UnsupportedModelError
 from packager.io.files import read_json, sha256_file, sha256_json
 from packager.io.safetensors_ranges import read_header
-from packager.source.gguf_tokenizer import repaired_tokenizer
+from packager.source.chat_template import find_template
+from packager.source.gguf_tokenizer import repaired_tokenizer, tokenizer_fields
+from packager.source.stop_tokens import generation_settings, stop_tokens
+from packager.source.tokenizer_check import RuntimeTokenizer, check_runtime_tokenizer
+from packager.source.tokenizer_files import TOKENIZER_FILE
 
 DEMO = "demo"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SIDE_FILES = (
+    "generation_config.json",
+    "LICENSE",
+)
+# What the tokenizer and its template are read from; a bundle's own are made of them (source.tokenizer_files).
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -34,8 +43,8 @@ _SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 
 
@@ -112,11 +121,37 @@ class Checkpoint:
         """Identity of the weights: the hash over the names and hashes of all weight files."""
         return sha256_json({path.name: sha256_file(path) for path in self.files})
 
-    def save_side_files(self, out: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def stop_tokens(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The ids at which the model stops, wherever it says so. UnsupportedModelError when it says so nowhere."""
+        return stop_tokens(
+            config,
+            tokenizer,
+            generation={} if self.gguf else generation_settings(self.folder),
+            gguf=tokenizer_fields(self.files[0]) if self.gguf else {},
+        )
+
+    def runtime_tokenizer(
+        self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, without_template: bool = False
+    ) -> RuntimeTokenizer:
+        """The tokenizer as a bundle will hold it, after the runtime did with it what transformers does.
+
+        UnsupportedModelError says what the runtime cannot. `without_template` leaves the chat template out.
+        """
+        try:
+            return check_runtime_tokenizer(
+                tokenizer,
+                find_template(tokenizer, None if self.gguf else self.folder),
+                config,
+                source_file=None if self.gguf else self.folder / TOKENIZER_FILE,
+                without_template=without_template,
+            )
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.source}: {error}") from None
+
+    def save_side_files(self, out: Path, config: PretrainedConfig, tokenizer: RuntimeTokenizer) -> None:
         """Config, tokenizer, chat template, generation settings and licence into `out`."""
         out.mkdir(parents=True, exist_ok=True)
-        if self.gguf or not (self.folder / "tokenizer.json").is_file():
-            tokenizer.save_pretrained(out)
+        tokenizer.files.write(out)
         if not self.gguf:
             for name in _SIDE_FILES:
                 if (self.folder / name).is_file() and not (out / name).exists():
@@ -214,7 +249,7 @@ def _from_hub(source: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", *(name for name in _SIDE_FILES), "config.json"]
+    patterns = ["*.safetensors", "*.safetensors.index.json", *_SIDE_FILES, *_TOKENIZER_FILES, "config.json"]
     try:
         folder = snapshot_download(source, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:

@@ -95,8 +95,9 @@ def _weights(graph: ir.Graph, unit: BundleUnit) -> np.ndarray[Any, np.dtype[np.f
 
 @torch.no_grad()
 def write_golden(reference: Reference, out: Path, *, context_tokens: int) -> None:
-    """Fixed prompts and texts with what the reference makes of them: token ids, last logits (vocabulary,), greedy
-    tokens, and at each the gap between the two best logits."""
+    """Fixed prompts and texts with what the reference makes of them: token ids, with special tokens and (plain)
+    without, last logits (vocabulary,), greedy tokens, and at each the gap between the two best logits. And the tokens
+    at which the model stops."""
     steps = min(GREEDY_TOKENS, context_tokens // 4)
     prompts, texts = [], []
     for prompt in PROMPTS:
@@ -104,9 +105,11 @@ def write_golden(reference: Reference, out: Path, *, context_tokens: int) -> Non
         prompts.append(_greedy(reference.model, ids, steps))
     for text in TEXTS:
         ids = reference.tokenizer(text)["input_ids"]
-        decoded = reference.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        texts.append(GoldenText(text=text, ids=ids, decoded=decoded))
-    write_golden_file(out, prompts, texts)
+        plain = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+        decoded = reference.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts.append(GoldenText(text=text, ids=ids, plain=plain, decoded=decoded))
+    stops = getattr(reference.model.config, "eos_token_id", None)
+    write_golden_file(out, prompts, texts, stops if isinstance(stops, list) else [] if stops is None else [stops])
 
 
 def _greedy(model: torch.nn.Module, ids: Sequence[int], steps: int) -> GoldenPrompt:

@@ -254,7 +254,8 @@ def test_side_files_travel(picos: Callable[[str], Pico], tmp_path: Path) -> None
     (source / "LICENSE").write_text("Do as you like.")
     (source / "secrets.txt").write_text("not ours to copy")
     checkpoint = open_checkpoint(str(source))
-    checkpoint.save_side_files(tmp_path / "out", checkpoint.config(), checkpoint.tokenizer())
+    config = checkpoint.config()
+    checkpoint.save_side_files(tmp_path / "out", config, checkpoint.runtime_tokenizer(config, checkpoint.tokenizer()))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "config.json",
