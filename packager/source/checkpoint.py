@@ -162,18 +162,24 @@ class Checkpoint:
         return loaded
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with what the GGUF conversion loses put back."""
+        """The tokenizer, with what the GGUF conversion loses put back; its tokens all have a row in the embedding."""
         try:
             with quiet_transformers():
                 if self.gguf:
-                    return repaired_tokenizer(self.files[0])
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    self.folder, trust_remote_code=False, local_files_only=True
-                )
+                    tokenizer: PreTrainedTokenizerBase = repaired_tokenizer(self.files[0])
+                    rows = open_gguf(self.files[0]).tensors["token_embd.weight"][0]
+                else:
+                    tokenizer = AutoTokenizer.from_pretrained(
+                        self.folder, trust_remote_code=False, local_files_only=True
+                    )
+                    rows = AutoConfig.from_pretrained(
+                        self.folder, trust_remote_code=False, local_files_only=True
+                    ).vocab_size
         except PackagerError:
             raise
         except Exception as error:  # the tokenizers library raises bare exceptions
             raise ModelError(f"{self.source}: its tokenizer cannot be read: {one_line(error)}") from error
+        _require_rows(self.source, tokenizer, rows)
         return tokenizer
 
     def sha256(self) -> str:
@@ -246,6 +252,34 @@ def _file(path: Path, source: str) -> Checkpoint:
 def _gguf(path: Path, *, name: str, source: str) -> Checkpoint:
     open_gguf(path)
     return Checkpoint(source=source, name=name, folder=path.parent, files=(path,), gguf=True)
+
+
+def _require_rows(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """ModelError when text can become a token that the embedding, of `rows` rows, has no row for.
+
+    Left alone are special tokens that nothing but their own name in a text can lead to: Gemma 3's text models carry
+    the vision models' token for a picture so.
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    # What the tokenizer makes of unknown text is its model's to say: byte-level ones know all text.
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown = getattr(model, "unk_token", None)
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, unknown}
+    special = set(tokenizer.all_special_tokens) | {
+        added.content for added in tokenizer.added_tokens_decoder.values() if added.special
+    }
+    template = str(tokenizer.chat_template or "")
+    wrong = sorted(
+        (number, token)
+        for token, number in beyond.items()
+        if token not in special or token in roles or token in template
+    )
+    if wrong:
+        number, token = wrong[0]
+        raise ModelError(
+            f"{source}: its tokenizer gives {token!r} the id {number}, but its embedding has {rows} rows ({len(wrong)} "
+            f"such tokens): the tokenizer is of another model, or the embedding was not resized after tokens were added"
+        )
 
 
 def _differ(pairs: dict[str, str], tensors: dict[str, StoredTensor]) -> bool:

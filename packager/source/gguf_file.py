@@ -104,11 +104,15 @@ def open_gguf(path: Path) -> GgufFile:
         raise _split(path, int(match[2]), int(match[3]), f"{match[1]}.gguf")
     header = read_gguf_header(path)
     fields = header.fields
-    if (count := fields.get("split.count", 0)) > 1:
-        raise _split(path, fields.get("split.no", 0) + 1, count, f"{path.stem}-whole.gguf")
+    number, count = (fields.get(f"split.{field}", 0) for field in ("no", "count"))
+    if type(count) is int and type(number) is int and count > 1:
+        raise _split(path, number + 1, count, f"{path.stem}-whole.gguf")
     kind = fields.get("general.type", "model")
     if kind != "model":
-        raise UnsupportedModelError(f"{path} holds a {kind}, says its general.type: expected a whole language model")
+        raise UnsupportedModelError(
+            f"{path} is of general.type {str(kind)[:40]!r}, not a whole language model: give the model that it belongs "
+            f"to"
+        )
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelError(f"{path} names no general.architecture: it is damaged, download it again")
@@ -182,17 +186,24 @@ def complete_config(file: GgufFile, config: PretrainedConfig) -> None:
             raise _ignored(file, name, value)
         if field in mapped or field in _HARMLESS or value in _NEUTRAL.get(field, ()):
             continue
-        if not _takes(config, field, value):
+        try:
+            known = _takes(config, field, value)
+        except Exception:  # a value of another kind than the field's
+            known = False
+        if not known:
             raise _ignored(file, name, value)
     _rotation(file, config)
 
 
 def _mapped(config: PretrainedConfig) -> set[str]:
-    """Fields that transformers reads into the configuration of this type."""
+    """Fields that transformers reads into the configuration of this type.
+
+    It takes the rotated part of a head for the whole where it maps `rope.dimension_count`: that is for `_takes`.
+    """
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
     kind = config.model_type.removesuffix("_text")
-    return {field for field, place in GGUF_CONFIG_MAPPING.get(kind, {}).items() if place is not None}
+    return {field for field, place in GGUF_CONFIG_MAPPING.get(kind, {}).items() if place} - {"rope.dimension_count"}
 
 
 def _takes(config: PretrainedConfig, field: str, value: Any) -> bool:

@@ -167,4 +167,4 @@ def _length(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
         ) from None
     if shape and shape[-1] % block:
         raise _damaged(path, f"{name[:80]} has rows of {shape[-1]} weights, its type blocks of {block}")
-    return math.prod(shape) // block * size
+    return math.prod(shape) // int(block) * int(size)

@@ -11,7 +11,7 @@ from packager.source.quiet import one_line
 from packager.source.stored_weights import INDEX_FILE, SINGLE_FILE, indexed_files
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*[\w-])?"
-_NAME = re.compile(rf"({_PART})/({_PART})(?:@([\w.][\w./-]*))?")
+_NAME = re.compile(rf"({_PART})/({_PART})(?:@(\w[\w./-]*))?")
 
 
 def is_hub_name(source: str) -> bool:

@@ -106,7 +106,7 @@ def _kind(config: Mapping[str, Any], model_type: str, named: str, architecture: 
     for kind, marks in _TASKS:
         if any(mark in task for mark in marks for task in tasks):
             return kind
-    # Encoders, and the halves of encoder-decoders, have classes that predict tokens as a decoder inside of another model.
+    # Encoders, and halves of encoder-decoders, have classes that predict tokens as a decoder inside another model.
     if model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return Kind.ENCODER_DECODER
     if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:

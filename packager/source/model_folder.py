@@ -55,7 +55,8 @@ def read_config(folder: Path, source: str) -> dict[str, Any]:
         raise _adapter(folder, source)
     if (folder / _PIPELINE_FILE).is_file():
         raise UnsupportedModelError(
-            f"{source} is a diffusers pipeline ({_PIPELINE_FILE}), which makes pictures or sound: give a decoder of text"
+            f"{source} is a diffusers pipeline ({_PIPELINE_FILE}), which makes pictures or sound: give a decoder of "
+            f"text"
         )
     for name in _EMBEDDERS:
         if (folder / name).is_file():
@@ -73,8 +74,8 @@ def read_config(folder: Path, source: str) -> dict[str, Any]:
     config = _object(path, "download it again")
     if "_diffusers_version" in config:
         raise UnsupportedModelError(
-            f"{source} is a part of a diffusers pipeline ({config.get('_class_name', 'unnamed')}), not a language model: "
-            f"give a decoder of text"
+            f"{source} is a part of a diffusers pipeline ({config.get('_class_name', 'unnamed')}), not a language "
+            f"model: give a decoder of text"
         )
     refuse_unless_language_model(source, identify(config))
     refuse_quantised(source, folder, config)

@@ -117,19 +117,19 @@ def _spread(scale: torch.Tensor, shape: torch.Size, block: Any, where: str) -> t
     if len(shape) == 2 and sides and min(sides) > 0 and scale.shape == (-(-rows // sides[0]), -(-cols // sides[1])):
         return scale.repeat_interleave(sides[0], 0)[:rows].repeat_interleave(sides[1], 1)[:, :cols]
     raise ModelError(
-        f"{where} is of shape {tuple(scale.shape)}: expected one scale for the tensor of shape {tuple(shape)}, one a row, "
-        f"or one a block of {block}"
+        f"{where} is of shape {tuple(scale.shape)}: expected one scale for the tensor of shape {tuple(shape)}, one a "
+        f"row, or one a block of {block}"
     )
 
 
 def _is_float8(quantization: Mapping[str, Any]) -> bool:
     match _name(quantization):
         case "fp8":
-            return quantization.get("expert_dtype", "fp8") == "fp8"
+            return bool(quantization.get("expert_dtype", "fp8") == "fp8")
         case "fbgemm_fp8":
             return True
         case "compressed-tensors":
-            return quantization.get("format") == "float-quantized" and not quantization.get("sparsity_config")
+            return bool(quantization.get("format") == "float-quantized" and not quantization.get("sparsity_config"))
         case _:
             return False
 

@@ -107,8 +107,8 @@ def stored_tensors(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
         for name, tensor in header.items():
             if name in tensors:
                 raise ModelError(
-                    f"{file.parent}: the tensor {name} is in both {tensors[name].region.path.name} and {file.name}: the "
-                    f"files are of different checkpoints, download them again"
+                    f"{file.parent}: the tensor {name} is in both {tensors[name].region.path.name} and {file.name}: "
+                    f"the files are of different checkpoints, download them again"
                 )
             tensors[name] = tensor
     index = files[0].parent / INDEX_FILE
@@ -180,9 +180,9 @@ def refuse_unexpected(source: str, names: list[str], model: Any) -> None:
     ]
     if left:
         raise ModelError(
-            f"{source} holds the tensor {left[0]}, which {type(model).__name__} as config.json describes it does not use "
-            f"({len(left)} such): the configuration is of another model, or the file holds parts that are not merged "
-            f"(adapters)"
+            f"{source} holds the tensor {left[0]}, which {type(model).__name__} as config.json describes it does not "
+            f"use ({len(left)} such): the configuration is of another model, or the file holds parts that are not "
+            f"merged (adapters)"
         )
 
 

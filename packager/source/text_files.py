@@ -109,7 +109,7 @@ def line_text(line: bytes, where: str, render: Render) -> str:
     if not line.strip():
         return ""
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip())
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{where}: not UTF-8 text: {error}") from None
     except RecursionError:
@@ -209,7 +209,7 @@ def _plain(file: IO[bytes], path: Path, what: str, *, known: bool) -> Iterator[s
         if (zero := block.find(b"\0")) >= 0:
             raise _binary(path, what, position + zero)
         try:
-            text = decoder.decode(block, final=not block)  # type: ignore[arg-type]  # typeshed wants the text itself
+            text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             # Positions count from what the decoder had kept of the block before.
             found = position - waiting + error.start

@@ -352,8 +352,8 @@ def test_tensors_that_the_model_does_not_use_are_named(
 ) -> None:
     change(pico_copy, **{name.replace(".", "__"): torch.ones(3)})
     assert refused(pico_copy) == (
-        f"{pico_copy} holds the tensor {name}, which LlamaForCausalLM as config.json describes it does not use (1 such): "
-        "the configuration is of another model, or the file holds parts that are not merged (adapters)"
+        f"{pico_copy} holds the tensor {name}, which LlamaForCausalLM as config.json describes it does not use (1 "
+        "such): the configuration is of another model, or the file holds parts that are not merged (adapters)"
     )
     assert capfd.readouterr() == ("", "")
 
@@ -382,7 +382,8 @@ def test_a_checkpoint_of_the_bare_model_is_read(picos: Callable[[str], Pico], pi
 def test_whole_numbers_in_place_of_floats(pico_copy: Path) -> None:
     change(pico_copy, model__layers__0__mlp__up_proj__weight=torch.ones((104, 64), dtype=torch.int8))
     assert refused(pico_copy) == (
-        f"{pico_copy}: model.layers.0.mlp.up_proj.weight is stored as I8, expected floats: give the unquantised original"
+        f"{pico_copy}: model.layers.0.mlp.up_proj.weight is stored as I8, expected floats: give the unquantised "
+        "original"
     )
 
 
@@ -425,8 +426,8 @@ def test_shards_cut_short(pico_copy: Path) -> None:
 def test_weights_under_another_name(pico_copy: Path) -> None:
     (pico_copy / "model.safetensors").rename(pico_copy / "llama.safetensors")
     assert refused(pico_copy) == (
-        f"{pico_copy} holds llama.safetensors but neither model.safetensors nor model.safetensors.index.json: rename it "
-        "to that"
+        f"{pico_copy} holds llama.safetensors but neither model.safetensors nor model.safetensors.index.json: rename "
+        "it to that"
     )
 
 
@@ -452,8 +453,8 @@ def test_files_that_may_not_be_read(pico_copy: Path, name: str, monkeypatch: pyt
 
         monkeypatch.setattr(Path, "open", guarded)
     assert refused(pico_copy) == (
-        f"{path} may not be read (its permissions are ----------): give yourself the right to (chmod u+r) or run as its "
-        "owner"
+        f"{path} may not be read (its permissions are ----------): give yourself the right to (chmod u+r) or run as "
+        "its owner"
     )
 
 
@@ -474,8 +475,8 @@ def test_files_that_may_not_be_read(pico_copy: Path, name: str, monkeypatch: pyt
 def test_sizes_that_are_none(pico_copy: Path, key: str, value: Any, limit: str) -> None:
     edit(pico_copy, **{key: value})
     assert refused(pico_copy) == (
-        f"{pico_copy / 'config.json'}: {key} is {json.dumps(value)}: expected a whole number from 1 to {limit}: download "
-        "it again"
+        f"{pico_copy / 'config.json'}: {key} is {json.dumps(value)}: expected a whole number from 1 to {limit}: "
+        "download it again"
     )
 
 
@@ -579,3 +580,32 @@ def test_a_folder_of_links_is_named_after_its_repository(pico_copy: Path, tmp_pa
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.name == ("some--model" if cached else commit)
     checkpoint.load()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.add_tokens(["extra"]),
+        lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "<|pad|>"}),
+        lambda tokenizer: (
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]}),
+            setattr(tokenizer, "chat_template", tokenizer.chat_template + "<|turn|>"),
+        ),
+    ],
+)
+def test_tokens_beyond_the_embedding_are_named(pico_copy: Path, change: Callable[[Any], Any]) -> None:
+    tokenizer = open_checkpoint(str(pico_copy)).tokenizer()
+    change(tokenizer)
+    tokenizer.save_pretrained(pico_copy)
+    token = tokenizer.convert_ids_to_tokens(384)
+    assert refused(pico_copy) == (
+        f"{pico_copy}: its tokenizer gives {token!r} the id 384, but its embedding has 384 rows (1 such tokens): the "
+        "tokenizer is of another model, or the embedding was not resized after tokens were added"
+    )
+
+
+def test_a_token_that_nothing_leads_to_may_lie_beyond(pico_copy: Path) -> None:
+    tokenizer = open_checkpoint(str(pico_copy)).tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(pico_copy)
+    assert len(open_checkpoint(str(pico_copy)).tokenizer()) == 385
