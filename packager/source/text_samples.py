@@ -88,7 +88,9 @@ def _plain(path: Path, what: str, seed: int) -> Iterator[str]:
                 skipped = content.find(b"\n") + 1
                 if not 0 < skipped <= len(content) // 2:
                     # A character's bytes that follow its first are 10xxxxxx, three of them at most.
-                    skipped = next((place for place in range(min(4, len(content))) if content[place] >> 6 != 2), 0)
+                    skipped = next(
+                        (place for place, byte in enumerate(content[:4]) if byte >> 6 != 2), len(content[:3])
+                    )
                 content, start = content[skipped:], start + skipped
             if start + len(content) < size:
                 end = content.rfind(b"\n") + 1

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from packager.errors import CalibrationError, PackagerError
@@ -249,6 +249,7 @@ def test_the_beginning_of_a_text(tmp_path: Path) -> None:
     ends=st.sampled_from(["\n", ""]),
     seed=st.integers(0, 5),
 )
+@example(lines=["0\x80\x80\U00010000"] * 3, ends="\n", seed=0)  # the last piece is a part of a character
 def test_pieces_are_the_text_and_overlap_nowhere(
     lines: list[str], ends: str, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
