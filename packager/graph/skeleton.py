@@ -8,8 +8,11 @@ knows the exporter; it is pinned to 0.18 in pyproject.toml.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import importlib
+import importlib.util
 import io
 import json
 import sys
@@ -260,3 +263,21 @@ def _detach_matrices(model: ir.Model) -> list[Matrix]:
         value.const_value = None
         graph.inputs.append(value)
     return matrices
+
+
+@functools.cache
+def exporter_architectures() -> frozenset[str]:
+    """Names of the model classes that the installed exporter has a builder for, read from its source without running
+    it."""
+    spec = importlib.util.find_spec("onnxruntime_genai")
+    if spec is None or not spec.submodule_search_locations:
+        raise ExportError("onnxruntime-genai is not installed: pip install onnxruntime-genai")
+    source = Path(spec.submodule_search_locations[0], "models", "builder.py").read_text(encoding="utf-8")
+    # The exporter dispatches by `config.architectures[0] == "NAME"`.
+    return frozenset(
+        side.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "config.architectures[0]"
+        for side in node.comparators
+        if isinstance(side, ast.Constant) and isinstance(side.value, str)
+    )
