@@ -25,13 +25,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from against_stock_export import stock_export
-from common import DECODE, PREFILL, PROBE_KEYS, ProbeRun, best, graph_bytes, make_parser, show, write_figures
+from common import (
+    DECODE,
+    PREFILL,
+    PROBE_KEYS,
+    ProbeRun,
+    best,
+    graph_bytes,
+    make_parser,
+    show,
+    write_bundle,
+    write_figures,
+)
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
 from packager.errors import ModelError
 from packager.planning.kv_cache_choice import offered
-from packager.planning.plan import load_map, plan_file_bytes
+from packager.planning.plan import plan_file_bytes
 from packager.profile import load_profile
+from packager.scoremap.opening import open_map
 from packager.sizes import format_size
 from packager.source.checkpoint import DEMO, open_checkpoint
 
@@ -47,7 +58,7 @@ class Contestant:
 
 def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) -> list[Contestant]:
     """Our bundle with each cache that the map offers, of at most `limit` bytes of graph and weights."""
-    loaded = load_map(arguments.map)
+    loaded = open_map(arguments.map)
     profile = dataclasses.replace(load_profile(arguments.profile), context_tokens=length)
     kinds, reason = offered(loaded.identity, profile.provider, "auto")
     if reason:
@@ -58,8 +69,8 @@ def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) 
         over, size = 0, limit + 1
         while size > limit:
             shutil.rmtree(folder, ignore_errors=True)
-            write_contents(loaded, plan_file_bytes(loaded.with_cache(kind), profile, limit - over), profile, folder)
-            size = graph_bytes(folder / GRAPH_FILE)
+            plan = plan_file_bytes(loaded.with_cache(kind), profile, limit - over)
+            size = graph_bytes(write_bundle(loaded, plan, profile, folder))
             over += max(0, size - limit)
         run = ProbeRun(path=folder, new=arguments.new, threads=arguments.threads)
         found.append(Contestant(name=f"packager, {kind} cache", bytes=size, run=run))

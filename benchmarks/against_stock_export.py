@@ -13,9 +13,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import about_windows, graph_bytes, half_window_losses, make_parser, open_subject, show, write_figures
+from common import (
+    about_windows,
+    graph_bytes,
+    half_window_losses,
+    make_parser,
+    open_subject,
+    show,
+    write_bundle,
+    write_figures,
+)
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
 from packager.planning.plan import plan_file_bytes
 from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
@@ -42,13 +50,13 @@ def main() -> None:
     subject, profile = open_subject(arguments), load_profile(arguments.profile)
     rows, data = [["source, float32", "", f"{subject.original.mean():.4f}", "", "", ""]], []
     with tempfile.TemporaryDirectory() as scratch:
-        stock, ours = stock_export(arguments.model, Path(scratch, "stock")), Path(scratch, "ours")
+        stock = stock_export(arguments.model, Path(scratch, "stock"))
         plan = plan_file_bytes(subject.map, profile, graph_bytes(stock) - _GRAPH_ALLOWANCE)
-        write_contents(subject.map, plan, profile, ours)
+        ours = write_bundle(subject.map, plan, profile, Path(scratch, "ours"))
         stock_rise = float("nan")
         for name, graph, predicted in (
             ("stock int4 export", stock, ""),
-            ("packager", ours / GRAPH_FILE, f"{plan.loss_nats:.4f}"),
+            ("packager", ours, f"{plan.loss_nats:.4f}"),
         ):
             losses = half_window_losses(graph, subject.windows, cache_width=subject.map.geometry.head_dim)
             rise = losses - subject.original

@@ -19,11 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from packager.forms.packing import dequantize
+from packager.bundle.folder import BundleFolder
+from packager.bundle.writer import Recipe, write_contents
 from packager.forms.registry import Form
-from packager.planning.plan import LoadedMap, load_map
+from packager.planning.plan import Plan
+from packager.profile import DeviceProfile
 from packager.runtime.sessions import graph_losses, token_losses
+from packager.scoremap.folder import store_key
 from packager.scoremap.model import Unit
+from packager.scoremap.opening import OpenedMap, open_map
 from packager.source.calibration_text import WINDOW, text_windows
 from packager.source.checkpoint import Checkpoint, open_checkpoint
 
@@ -58,7 +62,7 @@ class Subject:
     """A model and its map, `windows` (n, 512) of token ids, and the source's loss on each window's second half."""
 
     checkpoint: Checkpoint
-    map: LoadedMap
+    map: OpenedMap
     windows: NDArray[np.int64]
     original: NDArray[np.float64]
 
@@ -69,7 +73,7 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
     windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
     return Subject(
         checkpoint=checkpoint,
-        map=load_map(arguments.map),
+        map=open_map(arguments.map),
         windows=windows,
         original=torch_losses(checkpoint.load(), windows),
     )
@@ -104,9 +108,15 @@ def torch_losses(model: Any, windows: NDArray[np.int64]) -> NDArray[np.float64]:
 def stored_weights(store: Any, unit: Unit, form: Form) -> torch.Tensor:
     """The matrix of `unit` in `form`, float32 (rows, cols), from a map's store opened by `safe_open(…, "numpy")`."""
     tensors = {
-        name: store.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)
+        name: store.get_tensor(store_key(unit.name, form.label, name)) for name in form.tensors(unit.rows, unit.cols)
     }
-    return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
+    return torch.from_numpy(form.dequantize(tensors, unit.rows, unit.cols))
+
+
+def write_bundle(source: OpenedMap, plan: Plan, profile: DeviceProfile, root: Path) -> Path:
+    """What a runtime needs of a plan's bundle, in the new folder `root`: the graph's path."""
+    write_contents(Recipe(source=source, plan=plan, profile=profile), root)
+    return BundleFolder(root=root).graph
 
 
 def graph_bytes(graph: Path) -> int:

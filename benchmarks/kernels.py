@@ -18,7 +18,10 @@ import onnxruntime as ort
 from common import make_parser, show, write_figures
 from onnx import TensorProto, helper, numpy_helper
 
-from packager.forms.registry import BITS, BLOCKS, BlockForm, FloatForm, form_bytes, has_kernels
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
+from packager.forms.registry import form_bytes, has_kernels
 
 _CHUNK = 128
 _ROUNDS = 5

@@ -21,8 +21,8 @@ from transformers import AutoConfig
 
 from packager.forms.registry import parse_form
 from packager.memory.calibrate import read_process
-from packager.memory.synthetic import Case, Sample, make_config, make_sample
-from packager.profile import MemoryCoefficients, load_profile
+from packager.memory.synthetic import ProcessSettings, SyntheticModel, make_config, make_synthetic
+from packager.profile import FLOAT, INT8, MemoryCoefficients, load_profile
 from packager.runtime.memory_probe import NEW_TOKENS
 
 CHUNK_TOKENS = 128
@@ -74,26 +74,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def cases(name: str, quick: bool) -> list[Case]:
+def cases(name: str, quick: bool) -> list[ProcessSettings]:
     """Every form with a short and with a full prompt, then longer contexts in one form, then two products a matrix in
     shorter chunks."""
 
-    def case(form: str, head: str, context: int, prompt: int, cache: str = "float", chunk: int = CHUNK_TOKENS) -> Case:
-        return Case(
+    def case(
+        form: str, head: str, context: int, prompt: int, cache: str = FLOAT, chunk: int = CHUNK_TOKENS
+    ) -> ProcessSettings:
+        return ProcessSettings(
             form=parse_form(form),
             head=parse_form(head),
             context_tokens=context,
             prompt_tokens=prompt,
             chunk_tokens=chunk,
             threads=THREADS,
-            cache=cache,
+            kv_cache=cache,
         )
 
     forms = FORMS[1::2] if quick else FORMS
     found = [case(form, head, 256, 16) for form, head in forms]
     found += [case(form, head, 1024, 1024 - NEW_TOKENS) for form, head in forms]
     codes = ((1024, 1024 - NEW_TOKENS),) if quick else ((2048, 2016), (8192, 64))
-    found += [case("q4g64", "q4g64", tokens, prompt, "int8") for tokens, prompt in codes]
+    found += [case("q4g64", "q4g64", tokens, prompt, INT8) for tokens, prompt in codes]
     if not quick:
         found += [case("q4g64", "q4g64", tokens, prompt) for tokens, prompt in ((512, 200), (2048, 2016), (4096, 16))]
         found.append(case("q4g64", "q4g64", 8192, 8192 - NEW_TOKENS if name == "small" else 64))
@@ -103,11 +105,11 @@ def cases(name: str, quick: bool) -> list[Case]:
     return found
 
 
-def line(name: str, case: Case, row: dict[str, Any]) -> str:
+def line(name: str, case: ProcessSettings, row: dict[str, Any]) -> str:
     """One case as it is printed, sizes in MiB."""
     mib = {key: row[key] / 2**20 for key in ("measured", "anonymous", "mapped", "predicted")}
     return (
-        f"{name:12}{case.form.label:12}{case.head.label:9}{case.cache:6}{case.context_tokens:8}{case.prompt_tokens:8}"
+        f"{name:12}{case.form.label:12}{case.head.label:9}{case.kv_cache:6}{case.context_tokens:8}{case.prompt_tokens:8}"
         f"{mib['measured']:10.1f}{mib['anonymous']:8.1f}{mib['mapped']:8.1f}{mib['predicted']:11.1f}"
         f"{row['error']:+8.1%}  {row['peak_phase']}"
     )
@@ -131,9 +133,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in configs.items():
             tokenizer = options.model / "tokenizer.json" if options.model and name == options.model.name else None
-            sample = make_sample(name, config, Path(scratch, name), tokenizer=tokenizer)
+            model = make_synthetic(name, config, Path(scratch, name), tokenizer=tokenizer)
             for case in cases(name, options.quick):
-                results.append(row := run_case(sample, case, coefficients, Path(scratch, "bundle")))
+                results.append(row := run_case(model, case, coefficients, Path(scratch, "bundle")))
                 print(line(name, case, row), flush=True)
     by_shape = {name: summarised([row for row in results if row["shape"] == name]) for name in configs}
     by_shape["all"] = every = summarised(results)
@@ -170,17 +172,19 @@ def cells(name: str, found: dict[str, float]) -> list[str]:
     return [name, f"{found['cases']}", peaks, *shares]
 
 
-def run_case(sample: Sample, case: Case, coefficients: MemoryCoefficients, bundle: Path) -> dict[str, Any]:
+def run_case(
+    model: SyntheticModel, case: ProcessSettings, coefficients: MemoryCoefficients, bundle: Path
+) -> dict[str, Any]:
     """Predict, and measure in a fresh process. Bytes throughout."""
-    found = read_process(sample, case, bundle)
+    found = read_process(model, case, bundle)
     if isinstance(found, str):
-        raise SystemExit(f"{sample.name} {case}: the process {found}")
+        raise SystemExit(f"{model.name} {case}: the process {found}")
     predicted = found.workload.estimate(coefficients)
     return {
-        "shape": sample.name,
+        "shape": model.name,
         "form": case.form.label,
         "head": case.head.label,
-        "cache": case.cache,
+        "cache": case.kv_cache,
         "context_tokens": case.context_tokens,
         "prompt_tokens": case.prompt_tokens,
         "predicted": predicted.peak_bytes,

@@ -26,12 +26,17 @@ from common import Subject, about_windows, make_parser, open_subject, show, stor
 from safetensors import safe_open
 
 from packager.cli.progress_bars import Bars
-from packager.forms.registry import BlockForm, FloatForm, Form, LowRankForm, PivotForm, form_bytes
+from packager.forms.blocks import BlockForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, form_bytes
 from packager.planning.size_curve import standard_error
 from packager.planning.solver import solve, total_bytes
-from packager.scoremap.model import STORE_FILE, Option, ScoreMap, Unit, make_map
+from packager.scoremap.model import Option, ScoreMap, Unit, make_map
+from packager.scoremap.settings import BASES, QUICK_ACIP, AcipSettings
 from packager.scoring.acip.options import Ranking, folded, rank_units, start_of
-from packager.scoring.acip.training import BASES, QUICK_ACIP, AcipSettings, Start, train
+from packager.scoring.acip.training import Start, train
 from packager.scoring.curvature.moments import Curvature, collect
 from packager.scoring.factors import low_rank, pivoted, stored
 from packager.scoring.low_rank import Spectrum, decompose
@@ -308,10 +313,10 @@ def main() -> None:
         whole = sum(form_bytes(form, unit.rows, unit.cols) for unit in units)
         limits[equal] = {share: int(share * whole) for share in getattr(arguments, equal)}
     tables = {equal: Table(subject=subject, model=model, sources=sources, equal=equal) for equal in limits}
-    with Bars() as bars, safe_open(arguments.map / STORE_FILE, framework="numpy") as store:
+    with Bars() as bars, safe_open(subject.map.folder.store, framework="numpy") as store:
         bars.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
         curvature = collect(
-            model, sources, calibration.windows, seed=0, batch=1, sampled=False, progress=lambda count: bars.advance()
+            model, sources, calibration.windows, blocks=(), batch=1, progress=lambda count: bars.advance()
         )
         spreads = {name: feedback(item.rounding) for name, item in curvature.items()}
         ways = methods(arguments, model, sources, curvature, calibration.windows, bars)

@@ -33,17 +33,17 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from packager.io.files import sha256_json
-from packager.planning.plan import LoadedMap, load_map
 from packager.planning.solver import choice_at, total_bytes, total_loss
 from packager.scoremap.anchors import predicted_nats
 from packager.scoremap.identity import require_model
-from packager.scoremap.model import STORE_FILE, Option
+from packager.scoremap.model import Option
+from packager.scoremap.opening import OpenedMap, open_map
 from packager.scoring.ledger import Ledger
 from packager.scoring.probes import Observer, perturbed
 from packager.source.calibration_text import WINDOW, load_calibration
 from packager.source.checkpoint import Checkpoint, open_checkpoint
 from packager.source.unit_weights import Source, find_sources, matrices_of
-from packager.validation.measure_sizes import heldout_sample
+from packager.validation.measure_sizes import held_out_text
 
 LOW, HIGH = "2.5 to 4 bits", "above 4 bits"
 BANDS = {HIGH: (4.0, 10.0), LOW: (2.5, 4.0)}
@@ -64,11 +64,11 @@ class Case:
     choice: Choice
 
 
-def bits_of(loaded: LoadedMap, choice: Choice) -> float:
+def bits_of(loaded: OpenedMap, choice: Choice) -> float:
     return 8 * total_bytes(loaded.scoremap, choice) / sum(unit.elements for unit in loaded.scoremap.units)
 
 
-def uniform(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def uniform(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     most, choice = float(np.exp(generator.uniform(np.log(2.2), np.log(33)))), []
     for unit, chain in zip(loaded.scoremap.units, loaded.scoremap.options, strict=True):
         allowed = [number for number, option in enumerate(chain) if 8 * option.bytes / unit.elements <= most] or [
@@ -78,7 +78,7 @@ def uniform(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
     return choice
 
 
-def shuffled(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def shuffled(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     moves = loaded.scoremap.moves
     choice = [0] * len(loaded.scoremap.units)
     for number in generator.permutation(len(moves))[: generator.integers(len(moves) + 1)]:
@@ -86,7 +86,7 @@ def shuffled(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
     return choice
 
 
-def perturbed_prefix(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def perturbed_prefix(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     choice = choice_at(loaded.scoremap, int(generator.integers(len(loaded.scoremap.moves) + 1)))
     for number, chain in enumerate(loaded.scoremap.options):
         if generator.random() < 1 / 3:
@@ -94,14 +94,14 @@ def perturbed_prefix(loaded: LoadedMap, generator: np.random.Generator) -> Choic
     return choice
 
 
-DRAWS: dict[str, Callable[[LoadedMap, np.random.Generator], Choice]] = {
+DRAWS: dict[str, Callable[[OpenedMap, np.random.Generator], Choice]] = {
     "uniform": uniform,
     "shuffled": shuffled,
     "perturbed": perturbed_prefix,
 }
 
 
-def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
+def draw_cases(loaded: OpenedMap, count: int, seed: int) -> list[Case]:
     """`count` assignments, the kinds and bands in turn."""
     generator, cases = np.random.default_rng(seed), []
     wanted = [(kind, band) for kind in DRAWS for band in BANDS]
@@ -117,7 +117,7 @@ def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
     return cases
 
 
-def curve_cases(loaded: LoadedMap, count: int) -> list[Case]:
+def curve_cases(loaded: OpenedMap, count: int) -> list[Case]:
     """Prefixes of the map, evenly spread over those of 2.5 to 10 bits per weight."""
     prefixes = range(len(loaded.scoremap.moves) + 1)
     choices = [
@@ -129,17 +129,17 @@ def curve_cases(loaded: LoadedMap, count: int) -> list[Case]:
     return [Case(kind="curve", band="", choice=choices[position]) for position in positions]
 
 
-def unseen_windows(checkpoint: Checkpoint, loaded: LoadedMap, paths: list[Path], count: int) -> torch.Tensor:
+def unseen_windows(checkpoint: Checkpoint, loaded: OpenedMap, paths: list[Path], count: int) -> torch.Tensor:
     """Windows of the calibration files that were neither calibrated on nor held out. The split depends on the seed
     alone."""
     settings, tokenizer = loaded.identity.settings, checkpoint.tokenizer()
-    seen = load_calibration(paths, tokenizer, tokens=settings["tokens"], seed=settings["seed"])
+    seen = load_calibration(paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
     if seen.sha256 != loaded.identity.calibration.sha256:
         raise SystemExit(
             f"{', '.join(map(str, paths))} is not the text that this map was calibrated on "
             f"({loaded.identity.calibration.text}), in its order"
         )
-    more = load_calibration(paths, tokenizer, tokens=settings["tokens"] + count * WINDOW, seed=settings["seed"])
+    more = load_calibration(paths, tokenizer, tokens=settings.tokens + count * WINDOW, seed=settings.seed)
     unseen = more.windows[len(seen.windows) :]
     if len(unseen) < count:
         raise SystemExit(
@@ -157,7 +157,7 @@ def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def measure_cases(
-    checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None
+    checkpoint: Checkpoint, loaded: OpenedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None
 ) -> list[dict[str, Any]]:
     """Each case's bits, prediction, divergence and rise, printed as they come."""
     model, units = checkpoint.load(), loaded.scoremap.units
@@ -166,7 +166,7 @@ def measure_cases(
         raise SystemExit("this version cuts the model into other units than the map does: score the model again")
     text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     observer, results, started = Observer(model, windows), [], time.perf_counter()
-    with safe_open(loaded.folder / STORE_FILE, framework="numpy") as store:
+    with safe_open(loaded.folder.store, framework="numpy") as store:
 
         def load(source: Source, option: Option) -> torch.Tensor:
             return stored_weights(store, source.unit, option.form)
@@ -225,13 +225,13 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="keep finished measurements here, and go on from them")
     arguments = parser.parse_args()
 
-    checkpoint, loaded = open_checkpoint(str(arguments.model)), load_map(arguments.map)
+    checkpoint, loaded = open_checkpoint(str(arguments.model)), open_map(arguments.map)
     require_model(arguments.map, loaded.identity, checkpoint.name, checkpoint.sha256())
     if arguments.calibration:
         windows = unseen_windows(checkpoint, loaded, arguments.calibration, arguments.windows)
         text = f"{len(windows)} windows of 512 tokens of {loaded.identity.calibration.text} that the map never saw"
     else:
-        windows = torch.from_numpy(heldout_sample(loaded).windows)[: arguments.windows]
+        windows = torch.from_numpy(held_out_text(loaded).windows)[: arguments.windows]
         text = (
             f"{len(windows)} of the map's held-out windows of {loaded.identity.calibration.text}, on "
             "which its anchors were measured"

@@ -12,9 +12,20 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from common import about_windows, graph_bytes, half_window_losses, make_parser, open_subject, show, write_figures
+import numpy as np
+from common import (
+    about_windows,
+    graph_bytes,
+    half_window_losses,
+    make_parser,
+    open_subject,
+    show,
+    write_bundle,
+    write_figures,
+)
+from numpy.typing import NDArray
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
+from packager.bundle.weights import overwrite_scales
 from packager.planning.plan import plan_file_bytes
 from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
@@ -67,17 +78,17 @@ def main() -> None:
         rival = None if arguments.no_baseline else best_rival(limit)
         bits = 8 * plan.file_bytes / sum(unit.elements for unit in loaded.scoremap.units)
         with tempfile.TemporaryDirectory() as scratch:
-            variants: list[tuple[str, Path | None]] = [("map", None)]
+            variants: list[tuple[str, dict[str, NDArray[np.float32]]]] = [("map", {})]
             if arguments.polish:
                 polishing = Polishing(
                     checkpoint=subject.checkpoint, minutes=arguments.polish, calibration_paths=arguments.calibration
                 )
-                polish_plan(loaded, plan, polishing, Path(scratch, "polished.safetensors"), Silent())
-                variants.append((f"polished, {arguments.polish:g} min", Path(scratch, "polished.safetensors")))
-            for name, polished in variants:
-                folder = Path(scratch, name)
-                write_contents(loaded, plan, profile, folder, polished)
-                graph = folder / GRAPH_FILE
+                scales, _ = polish_plan(loaded, plan, polishing, Silent())
+                variants.append((f"polished, {arguments.polish:g} min", scales))
+            for name, scales in variants:
+                graph = write_bundle(loaded, plan, profile, Path(scratch, name))
+                if scales:
+                    overwrite_scales(graph, scales)
                 rise, size = half_window_losses(graph, subject.windows) - subject.original, graph_bytes(graph)
                 mean, noise = float(rise.mean()), standard_error(rise)
                 against = [f"{rival[0]} {rival[1]:.4f}", f"{mean / rival[1]:.2f}"] if rival else ["", ""]

@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 from common import DECODE, PREFILL, ProbeRun, best, make_parser, show, write_figures
 
-from packager.bundle.writer import open_bundle
+from packager.bundle.folder import BundleFolder
+from packager.bundle.opening import open_bundle
 from packager.io.files import read_json
-from packager.runtime.device_check import read_tensors
 from packager.sizes import format_size
-
-_CONFIG = "genai_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,19 +60,19 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def changed(bundle: Path, setting: Setting, folder: Path) -> None:
+def changed(bundle: BundleFolder, setting: Setting, folder: Path) -> None:
     """The bundle in `folder`: links to its files, and a configuration of its own."""
     folder.mkdir()
-    for path in bundle.iterdir():
-        if path.name != _CONFIG:
+    for path in bundle.root.iterdir():
+        if path != bundle.genai_config:
             (folder / path.name).symlink_to(path.resolve())
-    config = read_json(bundle / _CONFIG)
+    config = read_json(bundle.genai_config)
     config["search"] |= setting.search
     decoder = config["model"]["decoder"]
     decoder["session_options"] |= setting.session
     if setting.run:
         decoder["run_options"] = dict(setting.run)
-    (folder / _CONFIG).write_text(json.dumps(config))
+    BundleFolder(root=folder).genai_config.write_text(json.dumps(config))
 
 
 def main() -> None:
@@ -83,8 +81,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens to decode (default: 32)")
     arguments = parser.parse_args()
 
-    bounds = open_bundle(arguments.bundle).bounds
-    text = read_tensors(arguments.bundle / "reference.safetensors", only="heldout")["heldout"].reshape(-1)
+    bundle = open_bundle(arguments.bundle)
+    bounds, text = bundle.manifest.bounds, bundle.folder.reference.held_out().windows.reshape(-1)
     found: dict[str, list[dict[str, float] | str]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as scratch:
         (ids := Path(scratch, "ids.json")).write_text(
@@ -94,7 +92,7 @@ def main() -> None:
             for at, (name, setting) in enumerate(SETTINGS.items()):
                 folder = Path(scratch, str(at))
                 if not number:
-                    changed(arguments.bundle, setting, folder)
+                    changed(bundle.folder, setting, folder)
                 run = ProbeRun(path=folder, new=arguments.new, threads=setting.threads or arguments.threads)
                 found[name].append(outcome := run.start(ids, setting.environment))
                 print(f"run {number + 1}: {name}: {outcome}", flush=True)
