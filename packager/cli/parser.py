@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command line; `verb` among them is the function to call. UsageError says what is wrong."""
     parser = _make_parser()
     verb = next((word for word in argv if not word.startswith("-")), None)
-    if verb is not None and verb not in VERBS:
+    if verb is not None and verb not in (*VERBS, *completion.SHELLS):
         near = difflib.get_close_matches(verb, VERBS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(VERBS)}"
         parser.error(f"{verb!r} is no verb: {hint}")
