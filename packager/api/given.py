@@ -33,6 +33,7 @@ SCORE_LIBRARIES = (
     "accelerate",
     "gguf",
     "huggingface_hub",
+    "jinja2",
     "optimum",
     "pyarrow",
     "tokenizers",

@@ -19,9 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns its exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 infeasible
     budget."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # A console's code page lacks most scripts: what it has no letter for is a question mark, and no traceback.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most scripts
+            stream.reconfigure(errors="replace")
     try:
         arguments = parse(words)
         status = int(arguments.verb(arguments))

@@ -46,6 +46,18 @@ _SIDE_FILES = (
     "generation_config.json",
     "LICENSE",
 )
+# What the tokenizer and its templates are read from; a bundle's own are made of them (source.tokenizer_files).
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,7 +247,7 @@ def open_checkpoint(source: str) -> Checkpoint:
     if path.suffix.lower() == ".gguf":
         raise ModelError(f"model file {path} does not exist")
     if is_hub_name(source):
-        small = [*_SIDE_FILES, *TELLING_FILES, "*.jinja"]
+        small = [*_SIDE_FILES, *_TOKENIZER_FILES, *TELLING_FILES]
         folder = fetch(source, small, lambda found: read_config(found, source))
         return _folder(folder, source, repository_name(source))
     raise ModelError(
