@@ -7,16 +7,16 @@ solver and the bundle is built again: cheap, for a build is a copy.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.bundle.manifest import Manifest
-from packager.bundle.writer import GOLDEN_FILE, write_contents, write_manifest
+from packager.bundle.writer import BUNDLE, GOLDEN_FILE, write_contents, write_manifest
 from packager.errors import ArtifactError, InfeasibleBudgetError
-from packager.io.files import published_folder, refuse_existing
+from packager.io.leftovers import scratch_folder
+from packager.io.outputs import published_folder, refuse_existing, reserved
 from packager.planning.plan import LoadedMap, Plan, Request, load_map
 from packager.profile import DeviceProfile
 from packager.progress import Progress
@@ -57,9 +57,9 @@ def build(
 
     A bundle whose checks fail is published too, with a report that says so: it is for the caller to refuse it.
     """
-    refuse_existing(out, force=force)
-    plan = request.plan(loaded)
-    with published_folder(out, force=force) as staging:
+    inputs = [loaded.folder, *([*polishing.calibration_paths, *polishing.checkpoint.inputs] if polishing else [])]
+    with published_folder(out, BUNDLE, force=force, inputs=inputs) as staging:
+        plan = request.plan(loaded)
         if validate:
             return _validated(loaded, request, plan, staging, progress, polishing)
         _stage(loaded, plan, request.profile, staging, progress)
@@ -211,8 +211,8 @@ def _polished(
         return None
     from packager.scoring.polish_plan import polish_plan
 
-    with tempfile.TemporaryDirectory() as scratch:
-        tuned = Path(scratch, "polished.safetensors")
+    with scratch_folder() as scratch:
+        tuned = scratch / "polished.safetensors"
         said = polish_plan(loaded, plan, polishing, tuned, progress)
         _stage(loaded, plan, profile, staging, progress, tuned)
     return said
@@ -254,26 +254,29 @@ def pack(
     from packager.scoring.score import map_differences, score_model
     from packager.source.checkpoint import open_checkpoint
 
-    refuse_existing(out, force=force)
+    refuse_existing(out, BUNDLE, force=force)
     checkpoint = open_checkpoint(source)
     folder = cache or out.parent / f"{checkpoint.name}.map"
-    differences = (
-        map_differences(folder, checkpoint, settings, calibration_paths) if (folder / IDENTITY_FILE).is_file() else None
-    )
-    if differences and not force:
-        raise ArtifactError(
-            f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
-            f"another with --map, "
-            "or pass --force to score again in its place"
+    with reserved(out, BUNDLE, force=force, inputs=[folder, *checkpoint.inputs, *calibration_paths]):
+        differences = (
+            map_differences(folder, checkpoint, settings, calibration_paths)
+            if (folder / IDENTITY_FILE).is_file()
+            else None
         )
-    if differences != []:
-        score_model(
-            checkpoint,
-            folder,
-            settings,
-            calibration_paths=calibration_paths,
-            device=device,
-            force=force,
-            progress=progress,
-        )
-    return build(load_map(folder), request, out, validate=validate, force=force, progress=progress)
+        if differences and not force:
+            raise ArtifactError(
+                f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
+                f"another with --map, "
+                "or pass --force to score again in its place"
+            )
+        if differences != []:
+            score_model(
+                checkpoint,
+                folder,
+                settings,
+                calibration_paths=calibration_paths,
+                device=device,
+                force=force,
+                progress=progress,
+            )
+        return build(load_map(folder), request, out, validate=validate, force=force, progress=progress)

@@ -31,7 +31,16 @@ from packager.bundle.manifest import (
 from packager.errors import ArtifactError
 from packager.graph.kv_cache_codes import read_scales
 from packager.graph.surgery import GraphOptions, Placement, write_model
-from packager.io.files import dump_json, inner_path, read_json, sha256_file, sha256_json, write_text
+from packager.io.files import (
+    dump_json,
+    inner_path,
+    read_json,
+    refuse_stray_links,
+    sha256_file,
+    sha256_json,
+    write_text,
+)
+from packager.io.outputs import Artefact
 from packager.io.safetensors_ranges import read_header, sha256_region
 from packager.planning.kv_cache_choice import CACHE_TEXTS
 from packager.planning.plan import PLAN_FILE, LoadedMap, Plan, form_of
@@ -47,6 +56,13 @@ REFERENCE_FILE = "reference.safetensors"
 CHECK_FILE = "check.py"
 SUMS_FILE = "SHA256SUMS"
 REPORT_FILES = ("report.json", "report.html")
+BUNDLE = Artefact(
+    noun="bundle",
+    marker=MANIFEST_FILE,
+    keys=("files",),
+    listed=lambda manifest: [entry["path"] for entry in manifest["files"]],
+    known=frozenset({SUMS_FILE, *REPORT_FILES}),
+)
 _ROLES = {
     GRAPH_FILE: "graph",
     f"{GRAPH_FILE}_data": "weights",
@@ -211,6 +227,7 @@ def open_bundle(root: Path) -> Manifest:
             f"{root} is not a bundle ({MANIFEST_FILE} is missing): make one with 'packager pack' or 'packager build'"
         )
     manifest = parse_manifest(read_json(path), str(path))
+    refuse_stray_links(root, [*(entry.path for entry in manifest.files), MANIFEST_FILE, SUMS_FILE, *REPORT_FILES])
     for entry in manifest.files:
         file = inner_path(root, entry.path)
         if not file.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +76,18 @@ def score(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     """Show what would fit."""
     from packager.cli import render
-    from packager.io.files import dump_json, write_text
+    from packager.io.files import dump_json
+    from packager.io.outputs import require_file, write_output
+    from packager.planning.plan import is_plan
 
+    if arguments.output:
+        inputs = [arguments.map, Path(arguments.profile)]
+        require_file(arguments.output, force=arguments.force, ours=is_plan, inputs=inputs)
     loaded, request = _load(arguments.map), _request(arguments)
     frontier = request.frontier(loaded) if arguments.context == "auto" else ()
     plan = frontier[0] if frontier else request.plan(loaded)
     if arguments.output:
-        write_text(arguments.output, dump_json(plan.to_dict()))
+        write_output(arguments.output, dump_json(plan.to_dict()).encode())
     if arguments.json:
         print(dump_json(plan.to_dict() | ({"frontier": render.frontier_dicts(frontier)} if frontier else {})))
     else:
@@ -98,13 +104,16 @@ def curve(arguments: argparse.Namespace) -> int:
     from packager.cli import render
     from packager.cli.plot import curve_picture, require_plot
     from packager.errors import UsageError
-    from packager.io.files import dump_json, write_bytes
+    from packager.io.files import dump_json
+    from packager.io.outputs import require_file, write_output
     from packager.planning.plan import Request
     from packager.planning.size_curve import evenly, predict
     from packager.profile import load_profile
 
     if arguments.output:
         require_plot(arguments.output)
+        inputs = [arguments.map, *([arguments.text] if arguments.text else [])]
+        require_file(arguments.output, force=arguments.force, inputs=inputs)
     if arguments.windows < 1:
         raise UsageError(f"--windows {arguments.windows}: expected at least 1")
     loaded = _load(arguments.map)
@@ -122,7 +131,7 @@ def curve(arguments: argparse.Namespace) -> int:
             )
             curve = measure(loaded, profile, curve, chosen, sample, progress=progress)
     if arguments.output:
-        write_bytes(arguments.output, curve_picture(curve, arguments.output.suffix))
+        write_output(arguments.output, curve_picture(curve, arguments.output.suffix))
     print(dump_json(curve.to_dict()) if arguments.json else render.curve_text(curve))
     return 0 if curve.measurement is None or curve.measurement.monotone else _CHECK_FAILED
 
@@ -164,8 +173,10 @@ def validate(arguments: argparse.Namespace) -> int:
     """Check a bundle."""
     from packager.bundle.writer import open_bundle
     from packager.cli import render
+    from packager.errors import OutputError
+    from packager.io.failures import explained
     from packager.io.files import dump_json
-    from packager.validation.report import earlier_rounds, write_report
+    from packager.validation.report import REPORT_FILE, earlier_rounds, write_report
     from packager.validation.validate import validate_bundle
 
     manifest = open_bundle(arguments.bundle)
@@ -176,7 +187,11 @@ def validate(arguments: argparse.Namespace) -> int:
             progress=progress,
             rounds=earlier_rounds(arguments.bundle, manifest.bundle_sha256),
         )
-    write_report(report, arguments.bundle)
+    try:
+        with explained(arguments.bundle / REPORT_FILE):
+            write_report(report, arguments.bundle)
+    except OutputError as error:
+        print(f"packager: the report is not kept: {error}", file=sys.stderr)
     print(dump_json(report.to_dict()) if arguments.json else render.report_text(report))
     return 0 if report.passed else _CHECK_FAILED
 
@@ -233,22 +248,21 @@ def profiles(arguments: argparse.Namespace) -> int:
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     from packager.cli import render
-    from packager.errors import ArtifactError, UsageError
-    from packager.io.files import dump_json, write_text
+    from packager.errors import UsageError
+    from packager.io.files import dump_json
+    from packager.io.outputs import require_file, write_output
     from packager.profile import load_profile, with_memory
 
     out: Path | None = arguments.output
     if not arguments.base or out is None or out.suffix != ".toml":
         raise UsageError("profiles calibrate: expected --base NAME and -o FILE.toml")
     base = load_profile(arguments.base)
-    if out.exists() and not arguments.force:
-        raise ArtifactError(f"{out} exists already: choose another name, or pass --force to replace it")
+    require_file(out, force=arguments.force)
     from packager.memory.calibrate import calibrate
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         found = calibrate(base, out.parent, progress)
-    write_text(out, with_memory(base, found.section()))
+    write_output(out, with_memory(base, found.section()).encode())
     print(dump_json(found.to_dict() | {"profile": str(out)}) if arguments.json else render.calibration_text(found))
     if not arguments.json:
         print(f"profile: {out}")

@@ -25,6 +25,7 @@ from typing import Any
 
 from packager.errors import RuntimeCheckError, UsageError
 from packager.forms.registry import has_kernels, parse_form
+from packager.io.leftovers import scratch_folder
 from packager.memory.fit import Finding, Held, Reading, fit
 from packager.memory.synthetic import Case, Sample, make_config, make_sample, workload, write_sample
 from packager.profile import DeviceProfile, MemoryCoefficients
@@ -182,7 +183,7 @@ def calibrate(
             f"profile {profile.name} is for {profile.provider}: the coefficients are those of ONNX Runtime's CPU "
             f"kernels"
         )
-    if not memory():
+    if "anonymous_bytes" not in memory():
         raise RuntimeCheckError("this system has no /proc/self/status: the memory of a process cannot be measured here")
     possible = sum(_case(profile, run) is not None for shape in fitted.values() for run in shape.runs)
     if possible < _LEAST_READINGS:
@@ -231,8 +232,8 @@ def _measure(
     progress.phase(phase, _count(shapes))
     readings = []
     for name, shape in shapes.items():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            sample = make_sample(name, make_config(dict(shape.config)), Path(scratch, "graph"), tokens=shape.tokens)
+        with scratch_folder(folder) as scratch:
+            sample = make_sample(name, make_config(dict(shape.config)), scratch / "graph", tokens=shape.tokens)
             for run in shape.runs:
                 title = (
                     f"{name}, {run.form} with {run.head}, context {run.context_tokens}, prompt "
@@ -240,7 +241,7 @@ def _measure(
                 )
                 case = _case(profile, run)
                 if case is not None:
-                    found = read_process(sample, case, Path(scratch, "bundle"))
+                    found = read_process(sample, case, scratch / "bundle")
                     if isinstance(found, Reading):
                         readings.append((title, found))
                     else:
@@ -294,7 +295,11 @@ def _fault_bytes(folder: Path) -> int | None:
                 mapped.seek(at)
                 mapped.read_byte()
                 try:
-                    own = Path("/proc/self/smaps").read_text().partition(Path(file.name).name)[2]
+                    own = (
+                        Path("/proc/self/smaps")
+                        .read_text(encoding="utf-8", errors="replace")
+                        .partition(Path(file.name).name)[2]
+                    )
                 except OSError:
                     return None
                 found = re.search(r"^Rss: +(\d+) kB", own, re.MULTILINE)
@@ -306,7 +311,7 @@ def _machine() -> str:
     """Architecture and processor, as well as the system tells."""
     for path, key in (("/proc/cpuinfo", "model name"), ("/proc/device-tree/model", "")):
         try:
-            lines: Sequence[str] = Path(path).read_text(errors="replace").splitlines()
+            lines: Sequence[str] = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
         names = [line.partition(":")[2].strip() if key else line.rstrip("\0") for line in lines if line.startswith(key)]

@@ -169,7 +169,7 @@ def write_sample(sample: Sample, case: Case, out: Path) -> None:
         "min_length": case.context_tokens,
         "chunk_size": case.chunk_tokens,
     }
-    (out / GENAI_FILE).write_text(json.dumps(genai))
+    (out / GENAI_FILE).write_text(json.dumps(genai), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(sample.folder / name, out)
     # Frequent tokens have low ids. This exponent touches as many pages of an embedding as English text and Python code

@@ -75,6 +75,14 @@ class Plan:
         return from_plain(cls, data, where)
 
 
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan of ours, of whatever version, that another may replace."""
+    try:
+        return {"schema", "map_sha256", "choices"} <= read_json(path).keys()
+    except ArtifactError:
+        return False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedMap:
     """A score map with its identity, and where it lies; `cache` is the kind of key/value cache that is planned with."""

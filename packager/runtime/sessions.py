@@ -107,7 +107,7 @@ def generate(root: Path, prompt: str, *, most_tokens: int, chat: bool = True) ->
                 json.dumps([{"role": "user", "content": prompt}]), add_generation_prompt=True
             )
         ids = tokenizer.encode(text)
-        limit = json.loads((root / "genai_config.json").read_text())["search"]["max_length"]
+        limit = json.loads((root / "genai_config.json").read_text(encoding="utf-8"))["search"]["max_length"]
         if len(ids) >= limit:
             raise RuntimeCheckError(
                 f"the prompt has {len(ids)} tokens, the bundle's context is {limit}: shorten the prompt or pack with "

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import ArtifactError
-from packager.io.files import inner_path, read_json, sha256_file
+from packager.io.files import inner_path, read_json, refuse_stray_links, require_distinct, sha256_file
+from packager.io.outputs import Artefact
 from packager.io.records import from_plain
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
 from packager.scoremap.model import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE
+
+MAP = Artefact(noun="map", marker=IDENTITY_FILE, keys=("model", "files"), listed=lambda identity: identity["files"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +95,7 @@ def read_identity(folder: Path) -> MapIdentity:
             f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
         )
     identity = from_plain(MapIdentity, data, str(path))
+    require_distinct(identity.files, str(path))
     found = sha256_file(folder / MAP_FILE)
     if identity.files.get(MAP_FILE) != found:
         raise ArtifactError(
@@ -104,6 +108,7 @@ def read_identity(folder: Path) -> MapIdentity:
 def check_files(folder: Path, identity: MapIdentity) -> None:
     """Every file of the map but the store has the hash that `map.json` names; the store's tensors are checked as they
     are copied, for hashing all of it would cost more than building."""
+    refuse_stray_links(folder, [*identity.files, IDENTITY_FILE])
     for name, expected in identity.files.items():
         path = inner_path(folder, name)
         if not path.is_file():

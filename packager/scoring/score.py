@@ -25,19 +25,19 @@ from packager.graph.kv_cache_codes import CACHE_ROLES, cache_facts, scale_name
 from packager.graph.skeleton import GRAPH_FILE, export_skeleton
 from packager.io.files import (
     dump_json,
-    published_folder,
     read_json,
-    refuse_existing,
     sha256_file,
     sha256_json,
     write_text,
 )
+from packager.io.outputs import published_folder, reserved
 from packager.memory.geometry import read_geometry
 from packager.planning.solver import choice_at, total_loss
 from packager.progress import Progress
-from packager.runtime.limits import peak_bytes
+from packager.runtime.device_check import peak_bytes
 from packager.scoremap.anchors import Anchor, monotone
 from packager.scoremap.identity import (
+    MAP,
     CalibrationIdentity,
     Losses,
     MapIdentity,
@@ -130,10 +130,23 @@ def score_model(
 ) -> ScoreReport:
     """Write the score map of `checkpoint` to folder `out`.
 
-    Raises CalibrationError for a text that cannot be used, ModelError for a model that cannot. A text that the model
-    does not know is a warning.
+    Raises CalibrationError for a text that cannot be used, ModelError for a model that cannot, OutputError where
+    another process scores into `out` or nothing can be written. A text that the model does not know is a warning.
     """
-    refuse_existing(out, force=force)
+    with reserved(out, MAP, force=force, inputs=[*checkpoint.inputs, *calibration_paths]):
+        return _scored(checkpoint, out, settings, calibration_paths, device, force, progress)
+
+
+def _scored(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: ScoreSettings,
+    calibration_paths: Sequence[Path],
+    device: str,
+    force: bool,
+    progress: Progress,
+) -> ScoreReport:
+    """`score_model`, while its output and work folder are held for it."""
     started = time.perf_counter()
     seconds: dict[str, float] = {}
 
@@ -189,7 +202,7 @@ def score_model(
     progress.advance()
     lap("cache")
     progress.phase("writing the map", 1)
-    with published_folder(out, force=force) as staging:
+    with published_folder(out, MAP, force=force) as staging:
         write_store(work, scoremap, staging)
         arrays, metadata = map_tensors(scoremap)
         save_file(arrays, staging / MAP_FILE, metadata=metadata)

@@ -6,7 +6,6 @@ whatever the files depend on. Another key starts anew.
 
 from __future__ import annotations
 
-import glob
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -34,10 +33,8 @@ def open_work(out: Path, key: Mapping[str, Any]) -> Path:
     """The folder for the unfinished work of the map `out`; emptied when what lies there is of another `key`."""
     work = out.parent / f".{out.name}.work"
     digest, marker = sha256_json(key), work / "key"
-    if work.exists() and (not marker.is_file() or marker.read_text() != digest):
+    if work.exists() and (not marker.is_file() or marker.read_text(encoding="utf-8") != digest):
         shutil.rmtree(work)
-    for staged in out.parent.glob(f".{glob.escape(out.name)}.staging-*"):
-        shutil.rmtree(staged)  # what a run that was killed while it wrote the map has left
     work.mkdir(parents=True, exist_ok=True)
     write_text(marker, digest)
     return work

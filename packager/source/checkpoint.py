@@ -49,6 +49,11 @@ class Checkpoint:
     files: tuple[Path, ...]
     gguf: bool
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What it is read from: its folder, of a GGUF the file alone."""
+        return self.files if self.gguf else (self.folder,)
+
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
         kwargs: dict[str, Any] = {"gguf_file": self.files[0].name} if self.gguf else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from packager.bundle.manifest import Manifest
 from packager.bundle.writer import GOLDEN_FILE, GRAPH_FILE
+from packager.io.leftovers import scratch_folder
 from packager.progress import Progress
 from packager.runtime import device_check
 from packager.runtime.limits import LimitedRun, run_limited
@@ -74,10 +74,10 @@ def validate_bundle(
         progress.phase("torch reference of the same weights", 1)
         torch_side = reference.load_reference(root, manifest)
         progress.advance()
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         golden = root / GOLDEN_FILE
         if not golden.is_file():
-            golden = Path(scratch) / GOLDEN_FILE
+            golden = scratch / GOLDEN_FILE
             reference.write_golden(torch_side, golden, context_tokens=manifest.bounds.context_tokens)
         torch_losses = _torch_losses(torch_side, progress)
         del torch_side
@@ -172,7 +172,11 @@ def _device_checks(document: dict[str, Any] | None, done: LimitedRun, budget: in
     if not document["memory"]:
         checks.append(
             Check(
-                name="peak memory of the process", value="not measured: no /proc here", limit=None, unit="", passed=None
+                name="peak memory of the process",
+                value="not measured: this system does not say",
+                limit=None,
+                unit="",
+                passed=None,
             )
         )
     checks.append(

@@ -847,8 +847,8 @@ def test_a_full_disk_while_building_leaves_nothing(
     done = packager_("build", maps("llama"), "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate")
     assert done.code == 1
     last = done.err.splitlines()[-1]
-    assert last.startswith("packager: No space left on device")
-    assert last.endswith(": free some space or choose another folder; nothing was left half-written")
+    assert last.startswith("packager: no space left on the disk of ")
+    assert last.endswith("; nothing was left half-written")
     assert names(tmp_path) == []
 
 
@@ -882,7 +882,7 @@ def test_a_full_disk_while_scoring_leaves_nothing_under_the_name(
         patch.setattr(owner, where, full_after(count, getattr(owner, where)))
         done = packager_(*command)
     assert done.code == 1
-    assert done.err.splitlines()[-1].startswith("packager: No space left on device")
+    assert done.err.splitlines()[-1].startswith("packager: no space left on the disk of ")
     assert not (tmp_path / "out.map").exists()
     assert staged(tmp_path) == []
     succeed(*command)
