@@ -145,11 +145,12 @@ def umask() -> int:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("Umask:"):
                 return int(line.split()[1], 8)
-    if os.name == "nt":
+    ask = getattr(os, "umask", None)
+    if os.name == "nt" or ask is None:
         return 0
     # Elsewhere it is told only while it is changed, for all threads.
-    found = os.umask(0o077)
-    os.umask(found)
+    found = int(ask(0o077))
+    ask(found)
     return found
 
 

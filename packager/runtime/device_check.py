@@ -277,7 +277,7 @@ def main() -> int:
         "bundle",
         nargs="?",
         type=Path,
-        default=Path(__file__).resolve().parent,
+        default=Path(__file__).absolute().parent,  # in a hub's cache this file is a link to where no bundle is
         help="the bundle's folder; this file's own by default",
     )
     parser.add_argument("--json", type=Path, help="write the document to this file as well")
