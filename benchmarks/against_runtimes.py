@@ -83,7 +83,7 @@ def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) 
 
 def llama_cpp(arguments: argparse.Namespace, length: int) -> list[Contestant]:
     """llama.cpp with each GGUF file, or a line that says why not."""
-    done = subprocess.run([arguments.llama_python, "-c", "import llama_cpp"], capture_output=True, text=True)
+    done = subprocess.run([arguments.llama_python, "-c", "import llama_cpp"], capture_output=True, encoding="utf-8")
     if done.returncode:
         print(
             f"llama.cpp skipped: {arguments.llama_python} has no llama-cpp-python; pip install it into any "
@@ -122,7 +122,7 @@ def run(contestant: Contestant, ids: Path, arguments: argparse.Namespace) -> dic
         str(arguments.threads),
     ]
     child = subprocess.run(
-        [*command, str(contestant.max_length), str(contestant.chunk_size)], capture_output=True, text=True
+        [*command, str(contestant.max_length), str(contestant.chunk_size)], capture_output=True, encoding="utf-8"
     )
     if child.returncode:
         raise SystemExit(f"{contestant.name} ended with status {child.returncode}: {child.stderr[-2000:]}")
@@ -155,7 +155,7 @@ def main() -> None:
     length = arguments.prompt + arguments.new
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        (ids := scratch / "ids.json").write_text(json.dumps(tokens))
+        (ids := scratch / "ids.json").write_text(json.dumps(tokens), encoding="utf-8")
         stock = stock_export(arguments.model, scratch / "stock")
         size = graph_bytes(stock)
         plain = Contestant(

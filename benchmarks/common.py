@@ -43,4 +43,4 @@ def show(title: str, header: list[str], rows: list[list[str]], out: Path | None,
     for row in rows:
         print("| " + " | ".join(row) + " |")
     if out:
-        out.write_text(json.dumps(data, indent=2) + "\n")
+        out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -147,7 +147,9 @@ def main() -> int:
         f"most under {summary['most_under']:.1%} (-{MOST_UNDER:.0%}): {'met' if met else 'NOT met'}"
     )
     if options.json:
-        options.json.write_text(json.dumps({"summary": summary, "cases": results}, indent=2, sort_keys=True) + "\n")
+        options.json.write_text(
+            json.dumps({"summary": summary, "cases": results}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
     return int(not met)
 
 

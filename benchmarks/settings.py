@@ -80,7 +80,7 @@ def changed(bundle: Path, setting: Setting, folder: Path) -> None:
     decoder["session_options"] |= setting.session
     if setting.run:
         decoder["run_options"] = dict(setting.run)
-    (folder / _CONFIG).write_text(json.dumps(config))
+    (folder / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 def run(folder: Path, setting: Setting, ids: Path, new: int, threads: int) -> dict[str, Any] | str:
@@ -98,7 +98,7 @@ def run(folder: Path, setting: Setting, ids: Path, new: int, threads: int) -> di
         "0",
         "0",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | setting.environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | setting.environment)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][-100:]
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -119,7 +119,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any] | str]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as scratch:
         (ids := Path(scratch, "ids.json")).write_text(
-            json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist())
+            json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist()), encoding="utf-8"
         )
         for number in range(arguments.repeats):
             for at, (name, setting) in enumerate(SETTINGS.items()):

@@ -79,7 +79,8 @@ def make_sample(
     else:
         _make_tokenizer(tokens or config.vocab_size, folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"})
+        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}),
+        encoding="utf-8",
     )
     geometry = read_geometry(
         config, nodes=nodes, tokenizer=folder / "tokenizer.json", genai=read_json(folder / GENAI_FILE)

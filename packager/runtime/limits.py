@@ -264,7 +264,9 @@ def _systemd_limits(scope: Sequence[str], limit_bytes: int) -> bool:
         return False
     ask = ["sh", "-c", f'cat "{_ROOT}/$(sed -n s/^0:://p /proc/self/cgroup)/memory.max"']
     try:
-        done = subprocess.run([*scope, *ask], capture_output=True, text=True, check=False, timeout=_PROBE_SECONDS)
+        done = subprocess.run(
+            [*scope, *ask], capture_output=True, encoding="utf-8", check=False, timeout=_PROBE_SECONDS
+        )
     except subprocess.TimeoutExpired:  # no session bus answers
         return False
     # The kernel rounds down to whole pages.

@@ -94,7 +94,7 @@ def test_plan(maps: Callable[[str], Path], tmp_path: Path) -> None:
 
 def test_build_and_run(built: Path) -> None:
     assert [path.name for path in built.parent.iterdir()] == [built.name]
-    assert succeeded(there(RUN, "run", built, "--prompt", "Name three things.", "--tokens", "8")).strip()
+    assert succeeded(there(RUN, "run", built, "--prompt", "Name three things.", "--tokens", "8"))
 
 
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
