@@ -121,6 +121,6 @@ def _free_bytes(place: Path) -> int:
 
 def _free(place: Path) -> str:
     try:
-        return f" ({format_size(shutil.disk_usage(place).free)} free)"
+        return f" ({format_size(shutil.disk_usage(place).free)} free now)"
     except OSError:
         return ""

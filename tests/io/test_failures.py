@@ -43,7 +43,7 @@ def test_a_full_disk_is_told_in_one_way(tmp_path: Path, error: Exception, monkey
         raise error
     said = str(caught.value)
     assert said.startswith(f"no space left on the disk of {tmp_path} (")
-    assert said.endswith(" free): free some space, or choose another folder with -o; nothing was left half-written")
+    assert said.endswith(" free now): free some space, or choose another folder with -o; nothing was left half-written")
     assert "/the/source" not in said
 
 
