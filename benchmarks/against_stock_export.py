@@ -2,103 +2,75 @@
 
     python benchmarks/against_stock_export.py --model MODEL_FOLDER --map MAP --text TEXT [--windows N] [--json FILE]
 
-Both are run by ONNX Runtime on the same windows of text; the source model runs in float32. Ours takes at most the
-bytes (graph and weights) that the stock export takes.
+ONNX Runtime runs both on the same windows of text; the source model runs in float32. Ours takes at most the bytes
+(graph and weights) that the stock export takes.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import graph_bytes, half_window_losses, show, torch_losses
+from common import (
+    about_windows,
+    graph_bytes,
+    half_window_losses,
+    make_parser,
+    open_subject,
+    show,
+    write_bundle,
+    write_figures,
+)
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
-from packager.planning.plan import load_map, plan_file_bytes
+from packager.planning.plan import plan_file_bytes
 from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
-from packager.source.calibration_text import text_windows
-from packager.source.checkpoint import open_checkpoint
 
 _GRAPH_ALLOWANCE = 1 << 20
 
 
 def stock_export(model: Path, out: Path) -> Path:
-    """The exporter's own int4 model, with its defaults for CPU."""
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-i",
-        str(model),
-        "-o",
-        str(out),
-        "-p",
-        "int4",
-        "-e",
-        "cpu",
-        "-c",
-        str(out / "cache"),
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        subprocess.run(command, check=True, capture_output=True)
+    """The exporter's own int4 model in `out`, with its defaults for CPU: the graph's path."""
+    options = {"-i": model, "-o": out, "-p": "int4", "-e": "cpu", "-c": out / "cache"}
+    words = [str(word) for option in options.items() for word in option]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise SystemExit(f"the exporter ended with status {done.returncode}: {done.stderr[-2000:]}")
     return out / "model.onnx"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--map", type=Path, required=True, help="its score map, from 'packager score'")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = make_parser(
+        __doc__, "model", "map", "text", windows=40, profile="edge-box-256mb", json=None
+    ).parse_args()
 
-    checkpoint, loaded, profile = (
-        open_checkpoint(str(arguments.model)),
-        load_map(arguments.map),
-        load_profile("edge-box-256mb"),
-    )
-    windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
-    original = torch_losses(checkpoint.load(), windows)
-    rows, data = [["source, float32", "", f"{original.mean():.4f}", "", "", ""]], []
+    subject, profile = open_subject(arguments), load_profile(arguments.profile)
+    rows, data = [["source, float32", "", f"{subject.original.mean():.4f}", "", "", ""]], []
     with tempfile.TemporaryDirectory() as scratch:
         stock = stock_export(arguments.model, Path(scratch, "stock"))
-        limit = graph_bytes(stock)
-        plan = plan_file_bytes(loaded, profile, limit - _GRAPH_ALLOWANCE)
-        ours = Path(scratch, "ours")
-        write_contents(loaded, plan, profile, ours)
-        stock_rise = None
-        for name, graph in (("stock int4 export", stock), ("packager", ours / GRAPH_FILE)):
-            losses = half_window_losses(graph, windows, cache_width=loaded.geometry.head_dim)
-            rise = losses - original
-            stock_rise = stock_rise if stock_rise is not None else rise.mean()
-            predicted = f"{plan.loss_nats:.4f}" if name == "packager" else ""
-            rows.append(
-                [
-                    name,
-                    f"{graph_bytes(graph):,}",
-                    f"{losses.mean():.4f}",
-                    f"{rise.mean():.4f} ± {standard_error(rise):.4f}",
-                    predicted,
-                    f"{rise.mean() / stock_rise:.2f}",
-                ]
-            )
-            data.append(
-                {"name": name, "bytes": graph_bytes(graph), "loss_nats": losses.mean(), "rise_nats": rise.mean()}
-            )
+        plan = plan_file_bytes(subject.map, profile, graph_bytes(stock) - _GRAPH_ALLOWANCE)
+        ours = write_bundle(subject.map, plan, profile, Path(scratch, "ours"))
+        stock_rise = float("nan")
+        for name, graph, predicted in (
+            ("stock int4 export", stock, ""),
+            ("packager", ours, f"{plan.loss_nats:.4f}"),
+        ):
+            losses = half_window_losses(graph, subject.windows, cache_width=subject.map.geometry.head_dim)
+            rise = losses - subject.original
+            mean, size = float(rise.mean()), graph_bytes(graph)
+            stock_rise = mean if graph == stock else stock_rise
+            measured = f"{mean:.4f} ± {standard_error(rise):.4f}"
+            rows.append([name, f"{size:,}", f"{losses.mean():.4f}", measured, predicted, f"{mean / stock_rise:.2f}"])
+            data.append({"name": name, "bytes": size, "loss_nats": float(losses.mean()), "rise_nats": mean})
     show(
-        f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored",
+        about_windows(subject, arguments.text),
         ["model", "bytes", "loss (nats/token)", "rise", "predicted", "× stock's rise"],
         rows,
-        arguments.json,
-        data,
     )
+    write_figures(arguments.json, data)
 
 
 if __name__ == "__main__":

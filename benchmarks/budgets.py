@@ -1,57 +1,57 @@
-"""One map, many budgets: what was predicted and what was measured, each bundle built and validated as 'packager build'
-does.
+"""One map, many budgets: what was predicted and what was measured, each bundle built and validated by `packager build`.
 
     python benchmarks/budgets.py --map MAP [--profile laptop-16gb] [--context 512] [--count 24 |
                                  --budgets 180MiB 200MiB …] [--repeats 3] [--most 9] [--json FILE]
 
 Budgets are spread evenly between the map's minimum and what the float16 model's size would need. Every bundle is then
-run `--repeats` times under its limit and as often without one, in turns: mapped weights can be dropped and read again,
-so a run that survives its limit may still crawl. A speed below 0.9 of the free one fails: the median of the ratios of
-all pairs of runs, which are `--most` where after `--repeats` it is below. A failed check, a limit that nothing enforces
-and a binding budget of which less than 93 % is used fail too; the exit status is 1 where any budget fails.
+run `--repeats` times under its limit and as often without one, in turns: the system can drop mapped weights and read
+them again, so a run that survives its limit may still crawl. What counts is the median ratio over all pairs of runs.
+Where it is below 0.9 after `--repeats` pairs, `--most` pairs are run; a ratio that stays below 0.9 fails. A failed
+check, a limit that nothing enforces, and a binding budget used to less than 93 % fail too. The exit status is 1 where
+any budget fails.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import show
+from common import make_parser, show, write_figures
 
 from packager.cli.progress_bars import Bars
 from packager.errors import InfeasibleBudgetError
+from packager.io.records import without_none
 from packager.pipeline import build
-from packager.planning.plan import LoadedMap, Request, load_map
+from packager.planning.plan import Request
 from packager.profile import load_profile
+from packager.scoremap.opening import OpenedMap, open_map
 from packager.sizes import format_size, parse_size
-from packager.validation.validate import measure_device
+from packager.validation.acceptance import run_acceptance
 
 LEAST_SHARE = 0.9
 LEAST_USE = 0.93
 PHASES = ("prefill", "decode")
-HEADER = [
+MEMORY_HEADER = [
     "budget",
     "weights, bytes",
     "ratio",
-    "predicted peak, round 1",
-    "measured, round 1",
-    "final peak",
-    "of budget",
+    "predicted",
+    "measured",
+    "final",
+    "used",
     "rounds",
     "predicted rise",
     "held-out rise",
-    *(f"{phase}, tokens/s: limit / free (pairs)" for phase in PHASES),
-    "verdict",
 ]
+SPEED_HEADER = ["budget", *(f"{phase}, tokens/s: limit / free (pairs)" for phase in PHASES), "verdict"]
 
 
-def spread(request: Request, loaded: LoadedMap, count: int) -> list[int]:
+def spread(request: Request, loaded: OpenedMap, count: int) -> list[int]:
     """Budgets from the least that fits to the one at which weights reach the float16 model's bytes."""
     try:
         Request(profile=request.profile, budget_bytes=1 << 20, context_tokens=request.context_tokens).plan(loaded)
@@ -99,10 +99,10 @@ def speeds(bundle: Path, budget: int, repeats: int, most: int) -> tuple[dict[str
     while len(found) < wanted:
         pair: dict[bool, dict[str, Any]] = {}
         for limited in (True, False) if len(found) % 2 == 0 else (False, True):
-            document, done = measure_device(bundle, budget if limited else None)
-            if document is None:
-                return {}, [f"the run {done.ending}"]
-            pair[limited] = document["speed"]
+            done = run_acceptance(bundle, budget if limited else None)
+            if done.document is None:
+                return {}, [f"the run {done.process.ending}"]
+            pair[limited] = asdict(done.document.speed)
         found.append((pair[True], pair[False]))
         # All of them, and not as many as it takes to pass: that would pick the lucky ones.
         if len(found) == repeats and any(speed.share < LEAST_SHARE for speed in compared(found).values()):
@@ -114,25 +114,19 @@ def speeds(bundle: Path, budget: int, repeats: int, most: int) -> tuple[dict[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--map", type=Path, required=True)
-    parser.add_argument("--profile", default="laptop-16gb")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--budgets", nargs="+")
+    parser = make_parser(__doc__, "map", profile="laptop-16gb", repeats=3, json=None)
+    parser.add_argument("--context", type=int, default=512, help="tokens of context (default: 512)")
+    parser.add_argument("--budgets", nargs="+", metavar="SIZE", help="budgets to build for")
     parser.add_argument("--count", type=int, default=8, help="how many budgets, where none are named (default: 8)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="pairs of runs with and without the limit for each budget (default: 3)"
-    )
-    parser.add_argument("--most", type=int, default=9, help="as many pairs where a speed looks too low (default: 9)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--most", type=int, default=9, help="pairs of runs where a speed looks too low (default: 9)")
     arguments = parser.parse_args()
 
-    loaded, profile = load_map(arguments.map), load_profile(arguments.profile)
+    loaded, profile = open_map(arguments.map), load_profile(arguments.profile)
     request = Request(profile=profile, context_tokens=arguments.context)
     budgets = [parse_size(text, of_bytes=profile.memory_bytes) for text in arguments.budgets or ()] or spread(
         request, loaded, arguments.count
     )
-    rows, data, enforced = [], [], set()
+    memory_rows, speed_rows, data, enforced = [], [], [], set()
     for budget in budgets:
         wanted = Request(profile=profile, budget_bytes=budget, context_tokens=arguments.context)
         with tempfile.TemporaryDirectory() as scratch, Bars() as bars:
@@ -143,35 +137,36 @@ def main() -> int:
             bars.advance()
         report = built.report
         assert report is not None
-        peak, rise = int(report.measured.get("peak_bytes", 0)), float(report.measured.get("loss_nats", float("nan")))
+        peak = report.measured.peak_bytes or 0
+        rise = float("nan") if report.measured.loss_nats is None else report.measured.loss_nats
         failed = [check.name for check in report.checks if check.passed is False] + failed
         if peak < LEAST_USE * budget and built.plan.prefix:
             failed.append(f"uses {peak / budget:.1%} of a budget that binds")
         if not report.enforced_by:
             failed.append("no limit was enforced")
         enforced.add(report.enforced_by or "nothing")
-        rows.append(
+        memory_rows.append(
             [
                 format_size(budget),
                 f"{built.plan.file_bytes:,}",
                 f"{built.plan.ratio:.1%}",
-                format_size(report.rounds[0]["predicted_bytes"]),
-                format_size(report.rounds[0]["measured_bytes"]),
+                format_size(report.rounds[0].predicted_bytes),
+                format_size(report.rounds[0].measured_bytes),
                 format_size(peak),
                 f"{peak / budget:.1%}",
                 str(len(report.rounds)),
                 f"{built.plan.loss_nats:.4f}",
                 f"{rise:.4f}",
-                *(str(by_phase.get(phase, "-")) for phase in PHASES),
-                "FAILED: " + "; ".join(failed) if failed else "valid",
             ]
         )
+        verdict = "FAILED: " + "; ".join(failed) if failed else "valid"
+        speed_rows.append([format_size(budget), *(str(by_phase.get(phase, "-")) for phase in PHASES), verdict])
         data.append(
             {
                 "budget_bytes": budget,
                 "plan": built.plan.to_dict() | {"choices": None},
-                "measured": report.measured,
-                "rounds": report.rounds,
+                "measured": without_none(report.measured),
+                "rounds": [asdict(item) for item in report.rounds],
                 "speed": {
                     phase: {"limited": speed.limited, "free": speed.free, "share": speed.share, "pairs": speed.pairs}
                     for phase, speed in by_phase.items()
@@ -179,12 +174,14 @@ def main() -> int:
                 "failed": failed,
             }
         )
-        print(" | ".join(rows[-1]), flush=True)
+        print(" | ".join([*memory_rows[-1], *speed_rows[-1][1:]]), flush=True)
     title = (
         f"{arguments.map.name} on {profile.name}, context {arguments.context}; limit enforced by "
         f"{', '.join(sorted(enforced))}"
     )
-    show(title, HEADER, rows, arguments.json, data)
+    show(f"{title}; predicted and measured: the first round's peaks", MEMORY_HEADER, memory_rows)
+    show("the same budgets: verdict, and medians of the speed under the limit and without", SPEED_HEADER, speed_rows)
+    write_figures(arguments.json, data)
     good = sum(not entry["failed"] for entry in data)
     print(
         f"\n{good} of {len(data)} budgets valid, at {LEAST_SHARE} × the free speed or more, and used to "

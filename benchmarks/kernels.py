@@ -1,26 +1,27 @@
-"""Which codes the runtime has kernels for: seconds of one product by a matrix in every form of codes, beside floats.
+"""Which codes the runtime has kernels for: the time of one product by a matrix in every form of codes, beside floats.
 
     python benchmarks/kernels.py [--rows 1536] [--cols 1536] [--threads 1]
                                  [--provider CPUExecutionProvider] [--json FILE]
 
-One row of activations is a decoded token, 128 are a chunk of a prompt. The forms take turns, and the best of their
-times counts. `packager.forms.registry.KERNEL_BLOCKS` is the last column's source; where it is right, no form with a
+One row of activations is a decoded token, 128 are a chunk of a prompt. The forms take turns, and the best of each
+form's times counts. The last column is what the package believes (`has_kernels`); where it is right, no form with a
 kernel is anywhere near as slow as one without. Speeds mean nothing on a busy machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from common import show
+from common import make_parser, show, write_figures
 from onnx import TensorProto, helper, numpy_helper
 
-from packager.forms.registry import BITS, BLOCKS, BlockForm, FloatForm, form_bytes, has_kernels
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
+from packager.forms.registry import form_bytes, has_kernels
 
 _CHUNK = 128
 _ROUNDS = 5
@@ -63,7 +64,8 @@ def graph(form: BlockForm | FloatForm, rows: int, cols: int) -> bytes:
         opset_imports=[helper.make_opsetid(*opset) for opset in _OPSETS],
     )
     model.ir_version = onnx.IR_VERSION_2024_3_25
-    return model.SerializeToString()
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 def seconds(session: ort.InferenceSession, x: np.ndarray) -> float:
@@ -76,17 +78,17 @@ def seconds(session: ort.InferenceSession, x: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1536)
-    parser.add_argument("--cols", type=int, default=1536)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--provider", default="CPUExecutionProvider")
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__, threads=1, json=None)
+    parser.add_argument("--rows", type=int, default=1536, help="outputs of the matrix (default: 1536)")
+    parser.add_argument("--cols", type=int, default=1536, help="inputs of the matrix (default: 1536)")
+    parser.add_argument(
+        "--provider", default="CPUExecutionProvider", help="execution provider, as the runtime names it"
+    )
     arguments = parser.parse_args()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = arguments.threads
-    forms = [
+    forms: list[FloatForm | BlockForm] = [
         FloatForm(label="f32"),
         *(
             BlockForm(bits=bits, block=block, zeros=zeros)
@@ -132,13 +134,8 @@ def main() -> None:
         "× float's speed",
         "kernel",
     ]
-    show(
-        f"a product by ({arguments.rows}, {arguments.cols}), {arguments.threads} threads",
-        header,
-        rows,
-        arguments.json,
-        data,
-    )
+    show(f"a product by ({arguments.rows}, {arguments.cols}), {arguments.threads} threads", header, rows)
+    write_figures(arguments.json, data)
     slow, fast = (
         extreme(item["one_row_seconds"] for item in data if item["kernel"] == kernel)
         for extreme, kernel in ((min, False), (max, True))

@@ -1,14 +1,14 @@
 """Ways to make a model smaller, side by side: ACIP, low rank whitened by H, low rank under curvature, the full map.
 
-    python benchmarks/methods.py --model MODEL_FOLDER --map MAP --calibration TEXT… --text TEXT [--json FILE]
+    python benchmarks/methods.py --model MODEL_FOLDER --map MAP --calibration TEXT… --text TEXT [--windows N]
+        [--acip-steps N …] [--json FILE]
 
-At equal parameters every method keeps the same share of the linear layers' elements, in float. At equal bytes factors
-are 4-bit codes in blocks of 32, layers that stay whole 4-bit codes in blocks of 64, and the full map chooses among all
-its options; sizes are shares of all layers whole at 4 bits. The vocabulary stays float throughout. Each method orders
-its own cuts in one global list; losses are torch's, on the second half of each window of 512 tokens.
+At equal parameters every method keeps the same share of the linear layers' elements, in float. At equal bytes, factors
+are 4-bit codes in blocks of 32, layers that stay whole are 4-bit codes in blocks of 64, and the full map chooses among
+all its options; sizes are shares of all layers whole at 4 bits. The vocabulary stays float throughout. Each method
+orders its own cuts in one global list; losses are torch's, on the second half of each window of 512 tokens.
 
-The settings of ACIP here are far below those published (see --help): steps, tokens and adapters that two cores can
-bear.
+ACIP runs with far fewer steps, tokens and smaller adapters than published (see --help): as many as two cores can bear.
 """
 
 from __future__ import annotations
@@ -22,32 +22,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import show, torch_losses
+from common import Subject, about_windows, make_parser, open_subject, show, stored_weights, torch_losses, write_figures
 from safetensors import safe_open
 
 from packager.cli.progress_bars import Bars
-from packager.forms.packing import dequantize
-from packager.forms.registry import BlockForm, FloatForm, Form, LowRankForm, PivotForm, form_bytes
-from packager.graph.skeleton import Matrix
-from packager.planning.plan import load_map
+from packager.forms.blocks import BlockForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, form_bytes
 from packager.planning.size_curve import standard_error
 from packager.planning.solver import solve, total_bytes
-from packager.scoremap.model import STORE_FILE, Option, ScoreMap, Unit, make_map
+from packager.scoremap.model import Option, ScoreMap, Unit, make_map
+from packager.scoremap.settings import BASES, QUICK_ACIP, AcipSettings
 from packager.scoring.acip.options import Ranking, folded, rank_units, start_of
-from packager.scoring.acip.training import BASES, QUICK_ACIP, AcipSettings, Start, train
+from packager.scoring.acip.training import Start, train
 from packager.scoring.curvature.moments import Curvature, collect
 from packager.scoring.factors import low_rank, pivoted, stored
 from packager.scoring.low_rank import Spectrum, decompose
+from packager.scoring.probes import Load, perturbed
 from packager.scoring.rounding import Feedback, feedback
-from packager.source.calibration_text import load_calibration, text_windows
-from packager.source.checkpoint import open_checkpoint
-from packager.source.unit_weights import Source, find_sources
+from packager.source.calibration_text import load_calibration
+from packager.source.unit_weights import Source, find_sources, matrices_of
 
 FLOAT, WHOLE, FACTORS = (
     FloatForm(label="f32"),
     BlockForm(bits=4, block=64, zeros=True),
     BlockForm(bits=4, block=32, zeros=True),
 )
+_ACIP = {
+    "steps": "2,000 or so",
+    "tokens": "4,096",
+    "tuning": "1,000",
+    "rank": "32",
+    "rate": "5e-5",
+    "stop": "0.4",
+}
+"""What of ACIP's settings can be chosen here, and the published values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,21 +149,6 @@ def made(method: Method, weights: torch.Tensor, spread: Feedback, unit: Unit, fo
 
 
 @torch.no_grad()
-def rise_with(
-    model: Any, sources: Sequence[Source], weights: Callable[[Source], torch.Tensor], windows: Any, original: Any
-) -> Any:
-    """Rise of each window's loss with other weights, which are taken back."""
-    saved = [source.weight(model).clone() for source in sources]
-    try:
-        for source in sources:
-            source.weight(model).copy_(weights(source))
-        return torch_losses(model, windows) - original
-    finally:
-        for source, tensor in zip(sources, saved, strict=True):
-            source.weight(model).copy_(tensor)
-
-
-@torch.no_grad()
 def input_moments(model: Any, sources: Sequence[Source], windows: torch.Tensor) -> dict[str, torch.Tensor]:
     """E[x xᵀ] of each unit's inputs, every token alike: what is known without gradients."""
     sums: dict[str, torch.Tensor] = {}
@@ -173,13 +169,16 @@ def input_moments(model: Any, sources: Sequence[Source], windows: torch.Tensor) 
     return {source.unit.name: sums[source.module] / windows.numel() for source in sources}
 
 
-def from_store(folder: Path, unit: Unit, form: Form) -> torch.Tensor:
-    """A unit's weights as a map's store holds them."""
-    with safe_open(folder / STORE_FILE, framework="numpy") as file:
-        tensors = {
-            name: file.get_tensor(f"{unit.name}|{form.label}|{name}") for name in form.tensors(unit.rows, unit.cols)
-        }
-    return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
+def acip_defaults(settings: AcipSettings) -> dict[str, int | float]:
+    """The settings that can be chosen here, by the names of `_ACIP`."""
+    return {
+        "steps": settings.steps,
+        "tokens": settings.step_tokens,
+        "tuning": settings.tuning_steps,
+        "rank": settings.adapter_rank,
+        "rate": settings.adapter_rate,
+        "stop": settings.stop_ratio,
+    }
 
 
 def acip_settings(arguments: argparse.Namespace, basis: str) -> AcipSettings:
@@ -215,15 +214,12 @@ def methods(
             model, sources, starts, windows, settings, seed=0, adapt_whole=False, state=state, progress=bars
         )
         rankings = rank_units(outcome, {name: start.costs.double().numpy() for name, start in starts.items()}, settings)
-        steps = f"{outcome.pruning_steps} + {settings.tuning_steps} steps of {settings.step_tokens} tokens"
-        found.append(
-            acip_method(
-                f"ACIP from the {basis} ({steps}, adapters of {settings.adapter_rank})",
-                starts,
-                rankings,
-                settings.adapter_rank,
-            )
+        print(
+            f"ACIP from the {basis}: {outcome.pruning_steps} + {settings.tuning_steps} steps of "
+            f"{settings.step_tokens} tokens, adapters of rank {settings.adapter_rank}",
+            flush=True,
         )
+        found.append(acip_method(f"ACIP from the {basis}", starts, rankings, settings.adapter_rank))
     bars.phase("taking layers apart", 2 * len(sources))
     spectra: dict[str, dict[str, Spectrum]] = {"h": {}, "gh": {}}
     moments = input_moments(model, sources, windows)
@@ -238,170 +234,120 @@ def methods(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--map", type=Path, required=True, help="the full map, from 'packager score'")
-    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
-    parser.add_argument("--text", type=Path, required=True)
+@dataclasses.dataclass(kw_only=True)
+class Table:
+    """The losses of every method, measured one by one; `rows` as they are printed, `data` as they are written."""
+
+    subject: Subject
+    model: torch.nn.Module
+    sources: Sequence[Source]
+    equal: str
+    rows: list[list[str]] = dataclasses.field(default_factory=list)
+    data: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add(
+        self, name: str, options: Sequence[Sequence[Option]], limits: Mapping[float, int], load: Load, bars: Bars
+    ) -> None:
+        """A row: the best choice among `options` within each of `limits`, bytes by share."""
+        units, cells = [source.unit for source in self.sources], []
+        for share, limit in limits.items():
+            taken = chosen(units, options, limit)
+            cells.append("out of reach" if taken is None else self._measured(name, share, taken, load))
+            bars.advance()
+        self.rows.append([name, *cells])
+
+    def _measured(self, name: str, share: float, taken: Mapping[str, Option], load: Load) -> str:
+        with torch.no_grad(), perturbed(self.model, self.sources, taken, load, rounds_inputs=False):
+            rise = torch_losses(self.model, self.subject.windows) - self.subject.original
+        mean, noise = float(rise.mean()), standard_error(rise)
+        self.data.append(
+            {
+                "method": name,
+                "equal": self.equal,
+                "share": share,
+                "bytes": sum(option.bytes for option in taken.values()),
+                "rise_nats": mean,
+                "noise_nats": noise,
+            }
+        )
+        return f"{mean:.3f} ± {noise:.3f} (× {np.exp(mean):.2f})"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only this benchmark asks for."""
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True, help="text to calibrate on")
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens (default: 8192)")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument(
-        "--parameters", type=float, nargs="+", default=[0.9, 0.8, 0.6], help="shares of the layers' elements"
-    )
-    parser.add_argument(
-        "--bytes", type=float, nargs="+", default=[0.75, 0.6], help="shares of the layers' bytes, all whole at 4 bits"
-    )
+    for name, shares, of in (
+        ("parameters", [0.9, 0.8, 0.6], "elements"),
+        ("bytes", [0.75, 0.6], "bytes, all whole at 4 bits"),
+    ):
+        about = f"shares of the layers' {of} (default: {shares})"
+        parser.add_argument(f"--{name}", type=float, nargs="+", default=shares, help=about)
     parser.add_argument("--acip-basis", nargs="+", choices=BASES, default=["weights"], help="as published: weights")
-    parser.add_argument(
-        "--acip-steps", type=int, default=QUICK_ACIP.steps, help=f"published 2,000 or so (default: {QUICK_ACIP.steps})"
-    )
-    parser.add_argument(
-        "--acip-tokens",
-        type=int,
-        default=QUICK_ACIP.step_tokens,
-        help=f"published 4,096 (default: {QUICK_ACIP.step_tokens})",
-    )
-    parser.add_argument(
-        "--acip-tuning",
-        type=int,
-        default=QUICK_ACIP.tuning_steps,
-        help=f"published 1,000 (default: {QUICK_ACIP.tuning_steps})",
-    )
-    parser.add_argument(
-        "--acip-rank",
-        type=int,
-        default=QUICK_ACIP.adapter_rank,
-        help=f"published 32 (default: {QUICK_ACIP.adapter_rank})",
-    )
-    parser.add_argument(
-        "--acip-rate",
-        type=float,
-        default=QUICK_ACIP.adapter_rate,
-        help=f"published 5e-5 (default: {QUICK_ACIP.adapter_rate})",
-    )
-    parser.add_argument(
-        "--acip-stop",
-        type=float,
-        default=QUICK_ACIP.stop_ratio,
-        help=f"published 0.4 (default: {QUICK_ACIP.stop_ratio})",
-    )
+    quick = acip_defaults(QUICK_ACIP)
+    for name, published in _ACIP.items():
+        default = quick[name]
+        about = f"published {published} (default: {default})"
+        parser.add_argument(f"--acip-{name}", type=type(default), default=default, help=about)
     parser.add_argument(
         "--state", type=Path, default=Path("methods.acip"), help="where ACIP's training is kept and resumed from"
     )
-    parser.add_argument("--json", type=Path)
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "model", "map", "text", windows=8, json=None)
+    add_arguments(parser)
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    checkpoint, loaded = open_checkpoint(str(arguments.model)), load_map(arguments.map)
-    model, tokenizer = checkpoint.load(), checkpoint.tokenizer()
-    windows = text_windows(arguments.text, tokenizer, arguments.windows).numpy()
-    original = torch_losses(model, windows)
-    calibration = load_calibration(arguments.calibration, tokenizer, tokens=arguments.tokens, seed=0)
-    rows: dict[str, Matrix] = {}
-    for unit in loaded.scoremap.units:
-        rows[unit.matrix] = Matrix(
-            name=unit.matrix, rows=unit.rows + (rows[unit.matrix].rows if unit.matrix in rows else 0), cols=unit.cols
-        )
-    sources = [source for source in find_sources(list(rows.values()), model) if source.unit.kind == "linear"]
+    subject = open_subject(arguments)
+    scoremap, model = subject.map.scoremap, subject.checkpoint.load()
+    calibration = load_calibration(
+        arguments.calibration, subject.checkpoint.tokenizer(), tokens=arguments.tokens, seed=0
+    )
+    matrices = matrices_of((unit.matrix, unit.rows, unit.cols) for unit in scoremap.units)
+    sources = [source for source in find_sources(matrices, model) if source.unit.kind == "linear"]
     units = [source.unit for source in sources]
-    whole = {
-        label: sum(form_bytes(form, unit.rows, unit.cols) for unit in units)
-        for label, form in (("f32", FLOAT), ("q4", WHOLE))
-    }
-    with Bars() as bars:
+    limits: dict[str, dict[float, int]] = {}
+    for equal, form in (("parameters", FLOAT), ("bytes", WHOLE)):
+        whole = sum(form_bytes(form, unit.rows, unit.cols) for unit in units)
+        limits[equal] = {share: int(share * whole) for share in getattr(arguments, equal)}
+    tables = {equal: Table(subject=subject, model=model, sources=sources, equal=equal) for equal in limits}
+    with Bars() as bars, safe_open(subject.map.folder.store, framework="numpy") as store:
         bars.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
         curvature = collect(
-            model, sources, calibration.windows, seed=0, batch=1, sampled=False, progress=lambda count: bars.advance()
+            model, sources, calibration.windows, blocks=(), batch=1, progress=lambda count: bars.advance()
         )
         spreads = {name: feedback(item.rounding) for name, item in curvature.items()}
         ways = methods(arguments, model, sources, curvature, calibration.windows, bars)
-        tables: dict[str, list[list[str]]] = {"parameters": [], "bytes": []}
-        data: list[dict[str, Any]] = []
-        bars.phase(
-            "measuring losses", len(ways) * (len(arguments.parameters) + len(arguments.bytes)) + len(arguments.bytes)
-        )
-
-        def measured(
-            name: str,
-            budget: str,
-            share: float,
-            taken: dict[str, Option] | None,
-            weights: Callable[[Source], torch.Tensor],
-        ) -> str:
-            bars.advance()
-            if taken is None:
-                return "does not reach it"
-            rise = rise_with(model, sources, weights, windows, original)
-            kept = sum(option.bytes for option in taken.values())
-            data.append(
-                {
-                    "method": name,
-                    "equal": budget,
-                    "share": share,
-                    "bytes": kept,
-                    "rise_nats": rise.mean(),
-                    "noise_nats": standard_error(rise),
-                }
-            )
-            return f"{rise.mean():.3f} ± {standard_error(rise):.3f} (× {np.exp(rise.mean()):.2f})"
-
+        bars.phase("measuring losses", len(ways) * sum(map(len, limits.values())) + len(limits["bytes"]))
         for way in ways:
-            for budget, form, factors, shares in (
-                ("parameters", FLOAT, FLOAT, arguments.parameters),
-                ("bytes", WHOLE, FACTORS, arguments.bytes),
-            ):
+
+            def make(source: Source, option: Option, way: Method = way) -> torch.Tensor:
+                return made(way, source.weight(model), spreads[source.unit.name], source.unit, option.form)
+
+            for equal, form, factors in (("parameters", FLOAT, FLOAT), ("bytes", WHOLE, FACTORS)):
                 options = [way.options(unit, form, factors) for unit in units]
-                cells = []
-                for share in shares:
-                    taken = chosen(units, options, int(share * whole["f32" if budget == "parameters" else "q4"]))
+                tables[equal].add(way.name, options, limits[equal], make, bars)
 
-                    def weights(
-                        source: Source, way: Method = way, taken: dict[str, Option] | None = taken
-                    ) -> torch.Tensor:
-                        assert taken is not None
-                        return made(
-                            way,
-                            source.weight(model),
-                            spreads[source.unit.name],
-                            source.unit,
-                            taken[source.unit.name].form,
-                        )
+        def load(source: Source, option: Option) -> torch.Tensor:
+            return stored_weights(store, source.unit, option.form)
 
-                    cells.append(measured(way.name, budget, share, taken, weights))
-                tables[budget].append([way.name, *cells])
-        chains = dict(zip((unit.name for unit in loaded.scoremap.units), loaded.scoremap.options, strict=True))
-        cells = []
-        for share in arguments.bytes:
-            taken = chosen(units, [chains[unit.name] for unit in units], int(share * whole["q4"]))
-
-            def from_map(source: Source, taken: dict[str, Option] | None = taken) -> torch.Tensor:
-                assert taken is not None
-                return from_store(arguments.map, source.unit, taken[source.unit.name].form)
-
-            cells.append(measured("full map", "bytes", share, taken, from_map))
-        tables["bytes"].append(["full map", *cells])
-    about = (
-        f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored; source "
-        f"{original.mean():.4f}; rise in nats per token"
-    )
+        chains = dict(zip((unit.name for unit in scoremap.units), scoremap.options, strict=True))
+        tables["bytes"].add("full map", [chains[unit.name] for unit in units], limits["bytes"], load, bars)
     calibrated = f"calibrated on {calibration.windows.numel():,} tokens; {time.perf_counter() - started:.0f} s in all"
-    header = ["method", *(f"{share:.0%} of the elements" for share in arguments.parameters)]
+    print(f"\n{about_windows(subject, arguments.text)}; rise in nats per token (× perplexity); {calibrated}")
     show(
-        f"{about} (× perplexity); {calibrated}\n\nAt equal parameters of the linear layers, float",
-        header,
-        tables["parameters"],
-        None,
-        data,
+        "At equal parameters of the linear layers, float",
+        ["method", *(f"{share:.0%} of the elements" for share in limits["parameters"])],
+        tables["parameters"].rows,
     )
-    sizes = [f"{share:.0%}: {int(share * whole['q4']):,}" for share in arguments.bytes]
     show(
         "At equal bytes of the linear layers, factors in 4 bits",
-        ["method", *sizes],
-        tables["bytes"],
-        arguments.json,
-        data,
+        ["method", *(f"{share:.0%}: {limit:,}" for share, limit in limits["bytes"].items())],
+        tables["bytes"].rows,
     )
+    write_figures(arguments.json, [entry for table in tables.values() for entry in table.data])
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """How far a map's predictions can be trusted: random assignments of options to units, and sizes along the map's curve.
 
-    python benchmarks/prediction.py --model MODEL_FOLDER --map MAP [--calibration PATH …] [--state FILE] [--json FILE]
+    python benchmarks/prediction.py --model MODEL_FOLDER --map MAP [--calibration PATH …] [--windows N]
+        [--state FILE] [--json FILE]
 
-Each assignment is put into the torch model, inputs rounded as the CPU's kernels round them. Predicted: the sum of its
-prices, read off the map's anchors. Measured: the rise of the loss, and the divergence KL(original ‖ now), which has far
-less noise, in nats per token. The text: windows of the calibration files (--calibration, the ones the map was scored
-with) that the map never saw; without it the map's own held-out windows, on which its anchors were measured.
+Each assignment goes into the torch model, with inputs rounded as the CPU's kernels round them. Predicted: the sum of
+its prices, read off the map's anchors. Measured, in nats per token: the rise of the loss, and the divergence
+KL(original ‖ now), which has far less noise. The text: windows of the calibration files that the map never saw
+(--calibration names the files the map was scored with); without it the map's own held-out windows, on which its anchors
+were measured.
 
-Assignments are drawn in three ways, half of each above 4 bits per weight and half from 2.5 to 4: `uniform`: any of a
-unit's options up to a random number of bits; `shuffled`: the map's steps in random order, up to a random size;
-`perturbed`: a random prefix of the map, with a third of the units moved by one or two options. With --state FILE
-finished measurements are kept there, and an interrupted run goes on from them.
+Assignments are drawn in three ways, half of each above 4 bits per weight and half from 2.5 to 4:
+    uniform    any of a unit's options up to a random number of bits
+    shuffled   the map's moves in random order, up to a random size
+    perturbed  a random prefix of the map, with a third of the units moved by one or two options
+With --state FILE finished measurements are kept there, and an interrupted run goes on from them.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -25,23 +28,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import show
+from common import make_parser, show, stored_weights, write_figures
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from packager.forms.packing import dequantize
 from packager.io.files import sha256_json
-from packager.planning.plan import LoadedMap, load_map
 from packager.planning.solver import choice_at, total_bytes, total_loss
 from packager.scoremap.anchors import predicted_nats
 from packager.scoremap.identity import require_model
-from packager.scoremap.model import STORE_FILE, Option
+from packager.scoremap.model import Option
+from packager.scoremap.opening import OpenedMap, open_map
 from packager.scoring.ledger import Ledger
 from packager.scoring.probes import Observer, perturbed
 from packager.source.calibration_text import WINDOW, load_calibration
 from packager.source.checkpoint import Checkpoint, open_checkpoint
 from packager.source.unit_weights import Source, find_sources, matrices_of
-from packager.validation.measure_sizes import heldout_sample
+from packager.validation.measure_sizes import held_out_text
 
 LOW, HIGH = "2.5 to 4 bits", "above 4 bits"
 BANDS = {HIGH: (4.0, 10.0), LOW: (2.5, 4.0)}
@@ -62,11 +64,11 @@ class Case:
     choice: Choice
 
 
-def bits_of(loaded: LoadedMap, choice: Choice) -> float:
+def bits_of(loaded: OpenedMap, choice: Choice) -> float:
     return 8 * total_bytes(loaded.scoremap, choice) / sum(unit.elements for unit in loaded.scoremap.units)
 
 
-def uniform(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def uniform(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     most, choice = float(np.exp(generator.uniform(np.log(2.2), np.log(33)))), []
     for unit, chain in zip(loaded.scoremap.units, loaded.scoremap.options, strict=True):
         allowed = [number for number, option in enumerate(chain) if 8 * option.bytes / unit.elements <= most] or [
@@ -76,7 +78,7 @@ def uniform(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
     return choice
 
 
-def shuffled(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def shuffled(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     moves = loaded.scoremap.moves
     choice = [0] * len(loaded.scoremap.units)
     for number in generator.permutation(len(moves))[: generator.integers(len(moves) + 1)]:
@@ -84,7 +86,7 @@ def shuffled(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
     return choice
 
 
-def perturbed_prefix(loaded: LoadedMap, generator: np.random.Generator) -> Choice:
+def perturbed_prefix(loaded: OpenedMap, generator: np.random.Generator) -> Choice:
     choice = choice_at(loaded.scoremap, int(generator.integers(len(loaded.scoremap.moves) + 1)))
     for number, chain in enumerate(loaded.scoremap.options):
         if generator.random() < 1 / 3:
@@ -92,14 +94,14 @@ def perturbed_prefix(loaded: LoadedMap, generator: np.random.Generator) -> Choic
     return choice
 
 
-DRAWS: dict[str, Callable[[LoadedMap, np.random.Generator], Choice]] = {
+DRAWS: dict[str, Callable[[OpenedMap, np.random.Generator], Choice]] = {
     "uniform": uniform,
     "shuffled": shuffled,
     "perturbed": perturbed_prefix,
 }
 
 
-def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
+def draw_cases(loaded: OpenedMap, count: int, seed: int) -> list[Case]:
     """`count` assignments, the kinds and bands in turn."""
     generator, cases = np.random.default_rng(seed), []
     wanted = [(kind, band) for kind in DRAWS for band in BANDS]
@@ -115,7 +117,7 @@ def draw_cases(loaded: LoadedMap, count: int, seed: int) -> list[Case]:
     return cases
 
 
-def curve_cases(loaded: LoadedMap, count: int) -> list[Case]:
+def curve_cases(loaded: OpenedMap, count: int) -> list[Case]:
     """Prefixes of the map, evenly spread over those of 2.5 to 10 bits per weight."""
     prefixes = range(len(loaded.scoremap.moves) + 1)
     choices = [
@@ -127,17 +129,17 @@ def curve_cases(loaded: LoadedMap, count: int) -> list[Case]:
     return [Case(kind="curve", band="", choice=choices[position]) for position in positions]
 
 
-def unseen_windows(checkpoint: Checkpoint, loaded: LoadedMap, paths: list[Path], count: int) -> torch.Tensor:
+def unseen_windows(checkpoint: Checkpoint, loaded: OpenedMap, paths: list[Path], count: int) -> torch.Tensor:
     """Windows of the calibration files that were neither calibrated on nor held out. The split depends on the seed
     alone."""
     settings, tokenizer = loaded.identity.settings, checkpoint.tokenizer()
-    seen = load_calibration(paths, tokenizer, tokens=settings["tokens"], seed=settings["seed"])
+    seen = load_calibration(paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
     if seen.sha256 != loaded.identity.calibration.sha256:
         raise SystemExit(
             f"{', '.join(map(str, paths))} is not the text that this map was calibrated on "
             f"({loaded.identity.calibration.text}), in its order"
         )
-    more = load_calibration(paths, tokenizer, tokens=settings["tokens"] + count * WINDOW, seed=settings["seed"])
+    more = load_calibration(paths, tokenizer, tokens=settings.tokens + count * WINDOW, seed=settings.seed)
     unseen = more.windows[len(seen.windows) :]
     if len(unseen) < count:
         raise SystemExit(
@@ -149,12 +151,13 @@ def unseen_windows(checkpoint: Checkpoint, loaded: LoadedMap, paths: list[Path],
 
 def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Rank correlation; measured values have no ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = np.stack([np.argsort(np.argsort(values)) for values in (first, second)])
+    correlation: NDArray[np.float64] = np.atleast_2d(np.corrcoef(ranks))
+    return float(correlation[0, 1])
 
 
 def measure_cases(
-    checkpoint: Checkpoint, loaded: LoadedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None
+    checkpoint: Checkpoint, loaded: OpenedMap, cases: list[Case], windows: torch.Tensor, ledger: Ledger | None
 ) -> list[dict[str, Any]]:
     """Each case's bits, prediction, divergence and rise, printed as they come."""
     model, units = checkpoint.load(), loaded.scoremap.units
@@ -163,15 +166,10 @@ def measure_cases(
         raise SystemExit("this version cuts the model into other units than the map does: score the model again")
     text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     observer, results, started = Observer(model, windows), [], time.perf_counter()
-    with safe_open(loaded.folder / STORE_FILE, framework="numpy") as store:
+    with safe_open(loaded.folder.store, framework="numpy") as store:
 
         def load(source: Source, option: Option) -> torch.Tensor:
-            unit, form = source.unit, option.form
-            tensors = {
-                name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
-                for name in form.tensors(unit.rows, unit.cols)
-            }
-            return torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols))
+            return stored_weights(store, source.unit, option.form)
 
         def ask(chosen: Mapping[str, Option]) -> tuple[float, float]:
             with torch.no_grad(), perturbed(model, sources, chosen, load):
@@ -189,7 +187,7 @@ def measure_cases(
                     "forms": {name: option.form.label for name, option in chosen.items()},
                 }
             )
-            divergence, rise = ledger.recall(key, lambda chosen=chosen: ask(chosen)) if ledger else ask(chosen)
+            divergence, rise = ledger.recall(key, functools.partial(ask, chosen)) if ledger else ask(chosen)
             result = {
                 "kind": case.kind,
                 "band": case.band,
@@ -213,9 +211,7 @@ def column(results: list[dict[str, Any]], name: str) -> NDArray[np.float64]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--map", type=Path, required=True)
+    parser = make_parser(__doc__, "model", "map", windows=4, json=None)
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -223,21 +219,19 @@ def main() -> None:
         default=[],
         help="a file that the map was calibrated on; repeat as 'packager score' had it",
     )
-    parser.add_argument("--assignments", type=int, default=120)
-    parser.add_argument("--sizes", type=int, default=24, help="prefixes of the map along its curve")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--assignments", type=int, default=120, help="random assignments (default: 120)")
+    parser.add_argument("--sizes", type=int, default=24, help="prefixes of the map along its curve (default: 24)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--state", type=Path, help="keep finished measurements here, and go on from them")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    checkpoint, loaded = open_checkpoint(str(arguments.model)), load_map(arguments.map)
+    checkpoint, loaded = open_checkpoint(str(arguments.model)), open_map(arguments.map)
     require_model(arguments.map, loaded.identity, checkpoint.name, checkpoint.sha256())
     if arguments.calibration:
         windows = unseen_windows(checkpoint, loaded, arguments.calibration, arguments.windows)
         text = f"{len(windows)} windows of 512 tokens of {loaded.identity.calibration.text} that the map never saw"
     else:
-        windows = torch.from_numpy(heldout_sample(loaded).windows)[: arguments.windows]
+        windows = torch.from_numpy(held_out_text(loaded).windows)[: arguments.windows]
         text = (
             f"{len(windows)} of the map's held-out windows of {loaded.identity.calibration.text}, on "
             "which its anchors were measured"
@@ -268,14 +262,13 @@ def main() -> None:
             f"≤ {CURVE_ERROR:.0%}",
         ]
     )
-    header = ["", "assignments", f"rise (on the curve below {_NOISY_NATS} nats: divergence)", "divergence", "target"]
     show(
-        f"{loaded.identity.model.name}, {arguments.map.name}: predicted against measured on {text}",
-        header,
+        f"{loaded.identity.model.name}, {arguments.map.name}: predicted against measured on {text}; * on the curve: "
+        f"against the rise, but below {_NOISY_NATS} nats against the divergence",
+        ["", "assignments", "rise *", "divergence", "wanted"],
         rows,
-        arguments.json,
-        results,
     )
+    write_figures(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,37 @@
 """Quality along the map's curve: bundles of many sizes, written and run by ONNX Runtime, against llama.cpp's quants.
 
     python benchmarks/quality.py --model MODEL_FOLDER --map MAP --text TEXT [--sizes 85MB 91MB …] [--windows N]
-        [--polish MINUTES --calibration TEXT …] [--json FILE]
+        [--polish MINUTES --calibration TEXT …] [--no-baseline] [--json FILE]
 
-The llama.cpp rows are those published with this project for SmolLM2-135M-Instruct off its 4-bit grid (importance matrix
-from similar text, the same text and windows, second half scored); for another model pass --no-baseline.
+The llama.cpp figures were measured once for SmolLM2-135M-Instruct off its 4-bit grid: importance matrix from similar
+text, the same windows of WikiText-2's validation text, second half scored. For another model pass --no-baseline.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from common import graph_bytes, half_window_losses, show, torch_losses
+import numpy as np
+from common import (
+    about_windows,
+    graph_bytes,
+    half_window_losses,
+    make_parser,
+    open_subject,
+    show,
+    write_bundle,
+    write_figures,
+)
+from numpy.typing import NDArray
 
-from packager.bundle.writer import GRAPH_FILE, write_contents
-from packager.planning.plan import load_map, plan_file_bytes
+from packager.bundle.weights import overwrite_scales
+from packager.planning.plan import plan_file_bytes
 from packager.planning.size_curve import standard_error
 from packager.profile import load_profile
 from packager.progress import Silent
 from packager.scoring.polish_plan import Polishing, polish_plan
 from packager.sizes import parse_size
-from packager.source.calibration_text import text_windows
-from packager.source.checkpoint import open_checkpoint
 
 # llama.cpp file → (bytes, rise of the loss in nats per token over its float16 file).
 LLAMA_CPP = {
@@ -42,82 +50,57 @@ _GRAPH_ALLOWANCE = 700_000
 
 def best_rival(size: int) -> tuple[str, float] | None:
     """The llama.cpp file of least rise among those no larger than the next size up from `size`."""
-    larger = sorted((file_bytes, rise, name) for name, (file_bytes, rise) in LLAMA_CPP.items() if file_bytes >= size)
-    if not larger:
+    reach = min((file_bytes for file_bytes, _ in LLAMA_CPP.values() if file_bytes >= size), default=None)
+    if reach is None:
         return None
-    reach = larger[0][0]
-    name, rise = min(
-        ((name, rise) for name, (file_bytes, rise) in LLAMA_CPP.items() if file_bytes <= reach),
-        key=lambda item: item[1],
-    )
+    rise, name = min((rise, name) for name, (file_bytes, rise) in LLAMA_CPP.items() if file_bytes <= reach)
     return name, rise
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--map", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser = make_parser(__doc__, "model", "map", "text", windows=40, profile="edge-box-256mb", json=None)
     parser.add_argument(
         "--sizes",
         nargs="+",
         default=["60MB", "70MB", "85MB", *(str(size) for size, _ in LLAMA_CPP.values() if size < 140_000_000)],
+        help="most bytes of graph and weights (default: 60, 70 and 85 MB, and llama.cpp's files)",
     )
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument(
-        "--polish", type=float, metavar="MINUTES", help="measure each size polished, too (build --polish)"
-    )
+    parser.add_argument("--polish", type=float, metavar="MINUTES", help="measure each size polished, too")
     parser.add_argument("--calibration", type=Path, action="append", default=[], help="text to polish on")
-    parser.add_argument("--no-baseline", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-baseline", action="store_true", help="leave llama.cpp out")
     arguments = parser.parse_args()
 
-    checkpoint, loaded, profile = (
-        open_checkpoint(str(arguments.model)),
-        load_map(arguments.map),
-        load_profile("edge-box-256mb"),
-    )
-    windows = text_windows(arguments.text, checkpoint.tokenizer(), arguments.windows).numpy()
-    original = torch_losses(checkpoint.load(), windows)
+    subject, profile = open_subject(arguments), load_profile(arguments.profile)
+    loaded = subject.map
     rows, data = [], []
     for limit in sorted(parse_size(text) for text in arguments.sizes):
         plan = plan_file_bytes(loaded, profile, limit - _GRAPH_ALLOWANCE)
         rival = None if arguments.no_baseline else best_rival(limit)
         bits = 8 * plan.file_bytes / sum(unit.elements for unit in loaded.scoremap.units)
         with tempfile.TemporaryDirectory() as scratch:
-            variants: list[tuple[str, Path | None]] = [("map", None)]
+            variants: list[tuple[str, dict[str, NDArray[np.float32]]]] = [("map", {})]
             if arguments.polish:
                 polishing = Polishing(
-                    checkpoint=checkpoint, minutes=arguments.polish, calibration_paths=arguments.calibration
+                    checkpoint=subject.checkpoint, minutes=arguments.polish, calibration_paths=arguments.calibration
                 )
-                polish_plan(loaded, plan, polishing, Path(scratch, "polished.safetensors"), Silent())
-                variants.append((f"polished, {arguments.polish:g} min", Path(scratch, "polished.safetensors")))
-            for name, polished in variants:
-                folder = Path(scratch, name)
-                write_contents(loaded, plan, profile, folder, polished)
-                rise, size = (
-                    half_window_losses(folder / GRAPH_FILE, windows) - original,
-                    graph_bytes(folder / GRAPH_FILE),
-                )
-                against = [f"{rival[0]} {rival[1]:.4f}", f"{rise.mean() / rival[1]:.2f}"] if rival else ["", ""]
-                rows.append(
-                    [
-                        f"{limit:,}",
-                        name,
-                        f"{size:,}",
-                        f"{bits:.2f}",
-                        f"{rise.mean():.4f} ± {standard_error(rise):.4f}",
-                        f"{plan.loss_nats:.4f}",
-                        *against,
-                    ]
-                )
+                scales, _ = polish_plan(loaded, plan, polishing, Silent())
+                variants.append((f"polished, {arguments.polish:g} min", scales))
+            for name, scales in variants:
+                graph = write_bundle(loaded, plan, profile, Path(scratch, name))
+                if scales:
+                    overwrite_scales(graph, scales)
+                rise, size = half_window_losses(graph, subject.windows) - subject.original, graph_bytes(graph)
+                mean, noise = float(rise.mean()), standard_error(rise)
+                against = [f"{rival[0]} {rival[1]:.4f}", f"{mean / rival[1]:.2f}"] if rival else ["", ""]
+                measured = (f"{mean:.4f} ± {noise:.4f}", f"{plan.loss_nats:.4f}")
+                rows.append([f"{limit:,}", name, f"{size:,}", f"{bits:.2f}", *measured, *against])
                 data.append(
                     {
                         "limit_bytes": limit,
                         "variant": name,
                         "bytes": size,
-                        "rise_nats": rise.mean(),
-                        "noise_nats": standard_error(rise),
+                        "rise_nats": mean,
+                        "noise_nats": noise,
                         "predicted_nats": plan.loss_nats,
                         "rival": rival,
                     }
@@ -125,22 +108,18 @@ def main() -> None:
                 print(" | ".join(rows[-1]), flush=True)
     header = [
         "at most",
-        "",
+        "variant",
         "bytes",
         "bits/weight",
-        "rise measured (nats/token)",
+        "rise (nats/token)",
         "predicted",
-        "llama.cpp's best to the next size",
+        "llama.cpp's best",
         "× its rise",
     ]
     show(
-        f"{len(windows)} windows of 512 tokens of {arguments.text.name}, second half scored; source "
-        f"{original.mean():.4f}",
-        header,
-        rows,
-        arguments.json,
-        data,
+        f"{about_windows(subject, arguments.text)}; llama.cpp's best: its least rise up to its next size", header, rows
     )
+    write_figures(arguments.json, data)
 
 
 if __name__ == "__main__":

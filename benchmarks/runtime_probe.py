@@ -1,15 +1,15 @@
-"""One process of one runtime: load, prefill a prompt, decode at that depth. Prints one line of JSON, bytes and
-tokens/s.
+"""One process of one runtime: load, prefill a prompt, decode at that depth. Prints one line of JSON: bytes, tokens/s.
 
     python -P runtime_probe.py genai|llama MODEL IDS.json NEW THREADS MAX_LENGTH CHUNK_SIZE
 
 `genai` opens a folder for onnxruntime-genai, `llama` a GGUF file for llama-cpp-python. MAX_LENGTH 0 leaves the context
-as the model's own settings have it, CHUNK_SIZE 0 the pieces that a prompt is run in. Needs the runtime and numpy and
-nothing of this project, so that any interpreter can run it.
+to the model's own settings, CHUNK_SIZE 0 the chunks of the prompt. It needs the runtime and numpy and nothing of this
+project, so that any interpreter can run it. `against_runtimes.py` and `settings.py` start it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -51,11 +51,11 @@ def llama(
     model_path: str, ids: list[int], new: int, threads: int, max_length: int, chunk_size: int
 ) -> tuple[float, float]:
     """The same with llama-cpp-python at its defaults."""
-    from llama_cpp import Llama
-
+    # By name: the project does not depend on it, and its types need not be there.
+    llama_cpp = importlib.import_module("llama_cpp")
     pieces = {"n_batch": chunk_size} if chunk_size else {}
-    model: Any = Llama(
-        model_path, n_ctx=max_length or 0, n_threads=threads, n_threads_batch=threads, verbose=False, **pieces
+    model: Any = llama_cpp.Llama(
+        model_path, n_ctx=max_length, n_threads=threads, n_threads_batch=threads, verbose=False, **pieces
     )
     start = time.perf_counter()
     model.eval(ids)
@@ -74,15 +74,12 @@ def main() -> None:
     )
     lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     peak = next(int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:")
-    print(
-        json.dumps(
-            {
-                "peak_bytes": peak,
-                "prefill_tokens_per_second": len(ids) / prefill,
-                "decode_tokens_per_second": int(new) / decode,
-            }
-        )
-    )
+    figures = {
+        "peak_bytes": peak,
+        "prefill_tokens_per_second": len(ids) / prefill,
+        "decode_tokens_per_second": int(new) / decode,
+    }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What the runtime's settings do to a bundle's peak memory and speed: each setting alone, beside the bundle as it was
-built.
+"""What the runtime's settings do to a bundle's peak memory and speed: each setting alone, beside the bundle as built.
 
     python benchmarks/settings.py --bundle BUNDLE [--new 32] [--repeats 3] [--json FILE]
 
@@ -10,11 +9,7 @@ nothing on a busy machine.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,20 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import show
+from common import DECODE, PREFILL, ProbeRun, best, make_parser, show, write_figures
 
-from packager.bundle.writer import open_bundle
+from packager.bundle.folder import BundleFolder
+from packager.bundle.opening import open_bundle
 from packager.io.files import read_json
-from packager.runtime.device_check import read_tensors
 from packager.sizes import format_size
-
-_PROBE = Path(__file__).with_name("runtime_probe.py")
-_CONFIG = "genai_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """Changes to `search`, to the decoder's session and run options, and to the environment."""
+    """Changes to `search`, to the session and run options, and to the environment; `threads` 0 leaves the number."""
 
     search: Mapping[str, Any] = field(default_factory=dict)
     session: Mapping[str, Any] = field(default_factory=dict)
@@ -68,55 +60,30 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def changed(bundle: Path, setting: Setting, folder: Path) -> None:
+def changed(bundle: BundleFolder, setting: Setting, folder: Path) -> None:
     """The bundle in `folder`: links to its files, and a configuration of its own."""
     folder.mkdir()
-    for path in bundle.iterdir():
-        if path.name != _CONFIG:
+    for path in bundle.root.iterdir():
+        if path != bundle.genai_config:
             (folder / path.name).symlink_to(path.resolve())
-    config = read_json(bundle / _CONFIG)
+    config = read_json(bundle.genai_config)
     config["search"] |= setting.search
     decoder = config["model"]["decoder"]
     decoder["session_options"] |= setting.session
     if setting.run:
         decoder["run_options"] = dict(setting.run)
-    (folder / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
-
-
-def run(folder: Path, setting: Setting, ids: Path, new: int, threads: int) -> dict[str, Any] | str:
-    """One fresh process, or how it failed."""
-    # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
-    command = [
-        sys.executable,
-        "-P",
-        str(_PROBE),
-        "genai",
-        str(folder),
-        str(ids),
-        str(new),
-        str(setting.threads or threads),
-        "0",
-        "0",
-    ]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | setting.environment)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][-100:]
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    BundleFolder(root=folder).genai_config.write_text(json.dumps(config), encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__, threads=2, repeats=3, json=None)
+    parser.add_argument("--bundle", type=Path, required=True, help="the bundle, from 'packager build'")
+    parser.add_argument("--new", type=int, default=32, help="tokens to decode (default: 32)")
     arguments = parser.parse_args()
 
-    bounds = open_bundle(arguments.bundle).bounds
-    text = read_tensors(arguments.bundle / "reference.safetensors", only="heldout")["heldout"].reshape(-1)
-    found: dict[str, list[dict[str, Any] | str]] = {name: [] for name in SETTINGS}
+    bundle = open_bundle(arguments.bundle)
+    bounds, text = bundle.manifest.bounds, bundle.folder.reference.held_out().windows.reshape(-1)
+    found: dict[str, list[dict[str, float] | str]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as scratch:
         (ids := Path(scratch, "ids.json")).write_text(
             json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist()), encoding="utf-8"
@@ -125,34 +92,30 @@ def main() -> None:
             for at, (name, setting) in enumerate(SETTINGS.items()):
                 folder = Path(scratch, str(at))
                 if not number:
-                    changed(arguments.bundle, setting, folder)
-                found[name].append(figures := run(folder, setting, ids, arguments.new, arguments.threads))
-                print(f"run {number + 1}: {name}: {figures}", flush=True)
+                    changed(bundle.folder, setting, folder)
+                run = ProbeRun(path=folder, new=arguments.new, threads=setting.threads or arguments.threads)
+                found[name].append(outcome := run.start(ids, setting.environment))
+                print(f"run {number + 1}: {name}: {outcome}", flush=True)
     rows, data = [], []
-    first: dict[str, Any] = {}
+    first: dict[str, float] = {}
     for name, runs in found.items():
-        good = [item for item in runs if isinstance(item, dict)]
-        if len(good) < len(runs):
-            rows.append([name, f"refused: {next(item for item in runs if isinstance(item, str))}", "", "", ""])
+        refusal = next((item for item in runs if isinstance(item, str)), None)
+        if refusal is not None:
+            rows.append([name, f"refused: {refusal}", "", "", ""])
             data.append({"name": name, "failed": True})
             continue
-        figures = {key: max(item[key] for item in good) for key in good[0]}
+        figures = best([item for item in runs if isinstance(item, dict)])
         first = first or figures
         more = (figures["peak_bytes"] - first["peak_bytes"]) / 2**20
-        speeds = [f"{figures[f'{phase}_tokens_per_second']:.0f}" for phase in ("prefill", "decode")]
+        speeds = (f"{figures[key]:.0f}" for key in (PREFILL, DECODE))
         rows.append([name, format_size(figures["peak_bytes"]), f"{more:+.1f}", *speeds])
         data.append({"name": name, "failed": False} | figures)
     title = (
         f"{arguments.bundle.name}: context {bounds.context_tokens}, {arguments.threads} threads, "
         f"{arguments.repeats} fresh processes each"
     )
-    show(
-        title,
-        ["setting", "peak", "over as built, MiB", "prefill, tokens/s", "decode, tokens/s"],
-        rows,
-        arguments.json,
-        data,
-    )
+    show(title, ["setting", "peak", "over as built, MiB", "prefill, tokens/s", "decode, tokens/s"], rows)
+    write_figures(arguments.json, data)
 
 
 if __name__ == "__main__":

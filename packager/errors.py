@@ -2,6 +2,7 @@
 
 PackagerError                   anything a user can act on; the command line prints it as one line
 ├── UsageError                  a value on the command line cannot be understood (exit 2)
+│   └── MissingExtraError       what was asked for needs an extra of the package that is not installed (exit 2)
 ├── ProfileError                a device profile is unknown, malformed or inconsistent
 ├── ArtifactError               a map, plan or bundle on disk is missing, damaged or of another version
 ├── ModelError                  a source model cannot be read (missing, pickled, truncated, not finite)
@@ -15,6 +16,8 @@ PackagerError                   anything a user can act on; the command line pri
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -28,6 +31,31 @@ class UsageError(PackagerError):
     """A command line value that cannot be understood."""
 
     exit_code = 2
+
+
+class MissingExtraError(UsageError):
+    """What was asked for needs an extra of the package that is not installed. `library` is what was not found,
+    `command` what brings it.
+    """
+
+    def __init__(self, purpose: str, *, library: str, extra: str) -> None:
+        self.library = library
+        self.command = f'pip install "edge-packager[{extra}]"'
+        # From PyPI torch comes with gigabytes of CUDA, which a machine without such a card has no use for.
+        smaller = " (CPU only: pip install torch --index-url https://download.pytorch.org/whl/cpu first)"
+        hint = smaller if library == "torch" else ""
+        super().__init__(f"{purpose} needs {library}, which is not installed: {self.command}{hint}")
+
+
+def require_extra(extra: str, libraries: Iterable[str], purpose: str) -> None:
+    """MissingExtraError, with the command that brings it, where one of an extra's `libraries` is not installed. None of
+    them is imported.
+
+    `purpose` is the subject of the sentence: "measuring on another text".
+    """
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(purpose, library=library, extra=extra)
 
 
 class ProfileError(PackagerError):

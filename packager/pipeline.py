@@ -10,22 +10,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from packager.bundle.folder import BUNDLE, BundleFolder
 from packager.bundle.manifest import Manifest
-from packager.bundle.writer import BUNDLE, GOLDEN_FILE, write_contents, write_manifest
+from packager.bundle.opening import OpenedBundle
+from packager.bundle.writer import Recipe, stage, with_golden, with_scales, write_manifest
 from packager.errors import ArtifactError, InfeasibleBudgetError
-from packager.io.leftovers import scratch_folder
 from packager.io.outputs import published_folder, refuse_existing, reserved
-from packager.planning.plan import LoadedMap, Plan, Request, load_map
-from packager.profile import DeviceProfile
+from packager.planning.plan import Plan, Request
 from packager.progress import Progress
-from packager.scoremap.model import IDENTITY_FILE
-from packager.validation.report import ValidationReport, write_report
+from packager.scoremap.folder import MapFolder
+from packager.scoremap.opening import OpenedMap, open_map
+from packager.validation.acceptance import run_acceptance
+from packager.validation.report import Round, ValidationReport, write_report
 
 if TYPE_CHECKING:
+    from packager.scoremap.settings import ScoreSettings
     from packager.scoring.polish_plan import Polishing
-    from packager.scoring.score import ScoreSettings
 
 _ROUNDS = 3
 _MARGIN_SHARE = 0.01
@@ -43,7 +45,7 @@ class Built:
 
 
 def build(
-    loaded: LoadedMap,
+    opened: OpenedMap,
     request: Request,
     out: Path,
     *,
@@ -57,15 +59,17 @@ def build(
 
     A bundle whose checks fail is published too, with a report that says so: it is for the caller to refuse it.
     """
-    inputs = [loaded.folder, *([*polishing.calibration_paths, *polishing.checkpoint.inputs] if polishing else [])]
+    inputs = [opened.folder.root]
+    if polishing is not None:
+        inputs += [*polishing.calibration_paths, *polishing.checkpoint.inputs]
     with published_folder(out, BUNDLE, force=force, inputs=inputs) as staging:
-        plan = request.plan(loaded)
+        plan = request.plan(opened)
         if validate:
-            return _validated(loaded, request, plan, staging, progress, polishing)
-        _stage(loaded, plan, request.profile, staging, progress)
-        polish = _polished(loaded, plan, request.profile, staging, progress, polishing)
-        manifest = write_manifest(staging, loaded, plan, request.profile.provider, measured=None, polish=polish)
-        return Built(plan=plan, manifest=manifest, report=None)
+            return _validated(opened, request, plan, staging, progress, polishing)
+        recipe = Recipe(source=opened, plan=plan, profile=request.profile)
+        bundle = _polished(recipe, _staged(recipe, staging, progress), polishing, progress)
+        write_manifest(bundle)
+        return Built(plan=plan, manifest=bundle.manifest, report=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,80 +100,103 @@ class _Round:
         """Whether it exceeds the budget or, having something left to give up, comes too near to it."""
         return self.room_bytes < (self.margin_bytes if self.plan.prefix > 0 else 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "context_tokens": self.plan.context_tokens,
-            "cache": self.plan.cache,
-            "file_bytes": self.plan.file_bytes,
-            "loss_nats": self.plan.loss_nats,
-            "predicted_bytes": self.plan.peak_bytes,
-            "measured_bytes": self.peak_bytes,
-            "reserve_bytes": self.reserve_bytes,
-        }
+    def reported(self) -> Round:
+        """As the report tells of it."""
+        return Round(
+            context_tokens=self.plan.context_tokens,
+            cache=self.plan.cache,
+            file_bytes=self.plan.file_bytes,
+            loss_nats=self.plan.loss_nats,
+            predicted_bytes=self.plan.peak_bytes,
+            measured_bytes=self.peak_bytes,
+            reserve_bytes=self.reserve_bytes,
+        )
 
 
 def _validated(
-    loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress, polishing: Polishing | None
+    opened: OpenedMap, request: Request, plan: Plan, staging: Path, progress: Progress, polishing: Polishing | None
 ) -> Built:
+    """Build and measure until it fits, then finish the best build once: scales, golden file, manifest, report."""
     from packager.runtime.providers import require_supported
-    from packager.validation import reference
+    from packager.validation.left_out import missing_reference
     from packager.validation.validate import validate_bundle
 
-    provider = request.profile.provider
-    require_supported(provider)
-    rounds = _closed_loop(loaded, request, plan, staging, progress)
-    chosen = _best(rounds)
-    if chosen is not rounds[-1]:
-        _stage(loaded, chosen.plan, request.profile, staging, progress)
-    plan = chosen.plan
-    polish = _polished(loaded, plan, request.profile, staging, progress, polishing)
-    progress.phase("golden outputs in torch", 1)
-    torch_side = reference.load_reference(staging, write_manifest(staging, loaded, plan, provider, measured=None))
-    reference.write_golden(torch_side, staging / GOLDEN_FILE, context_tokens=plan.context_tokens)
-    progress.advance()
-    manifest = write_manifest(staging, loaded, plan, provider, measured=None, polish=polish)
+    require_supported(request.profile.provider)
+    rounds, bundle = _closed_loop(opened, request, plan, staging, progress)
+    recipe = Recipe(source=opened, plan=_best(rounds).plan, profile=request.profile)
+    bundle, torch_side = _polished(recipe, _moved(bundle, staging), polishing, progress), None
+    if missing_reference() is None:
+        from packager.validation import reference
+
+        progress.phase("golden outputs in torch", 1)
+        torch_side = reference.load_reference(bundle)
+        reference.write_golden(torch_side, bundle.folder.golden, context_tokens=recipe.plan.context_tokens)
+        bundle = with_golden(bundle)
+        progress.advance()
+    write_manifest(bundle)  # what is tested is what it says
     report = validate_bundle(
-        staging, manifest, progress=progress, rounds=[item.to_dict() for item in rounds], torch_side=torch_side
+        bundle, progress=progress, rounds=[item.reported() for item in rounds], torch_side=torch_side
     )
-    manifest = write_manifest(staging, loaded, plan, provider, measured=report.measured, polish=polish)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, measured=report.measured))
+    write_manifest(bundle)
     write_report(report, staging)
-    return Built(plan=plan, manifest=manifest, report=report)
+    return Built(plan=recipe.plan, manifest=bundle.manifest, report=report)
 
 
-def _closed_loop(loaded: LoadedMap, request: Request, plan: Plan, staging: Path, progress: Progress) -> list[_Round]:
-    """Build and measure until the peak fits and the budget is used, three times at most; the last round lies staged."""
-    from packager.validation.validate import measure_device
+def _closed_loop(
+    opened: OpenedMap, request: Request, plan: Plan, staging: Path, progress: Progress
+) -> tuple[list[_Round], OpenedBundle]:
+    """Build and measure until the peak fits and the budget is used, three times at most.
 
+    Returns all rounds and the bundle of the best, which lies in a folder of its own in `staging`: of two builds the
+    better is kept, so that none is written twice.
+    """
     rounds: list[_Round] = []
+    best: OpenedBundle | None = None
     reserve: int | None = 0
     # What was measured of one cache says nothing of the other: later rounds keep the first one's.
     kept = replace(request, cache=plan.cache)
     while reserve is not None and len(rounds) < _ROUNDS:
         if rounds:
-            again = _planned_again(loaded, kept, rounds[-1], reserve)
+            again = _planned_again(opened, kept, rounds[-1], reserve)
             if again is None or (again.choices, again.context_tokens) == (
                 rounds[-1].plan.choices,
                 rounds[-1].plan.context_tokens,
             ):
                 break
             plan = replace(again, cache_note=plan.cache_note)
-        _stage(loaded, plan, request.profile, staging, progress)
-        progress.phase(f"measuring its memory (round {len(rounds) + 1})", 1)
-        document, _ = measure_device(staging, None)
-        progress.advance()
+        number = len(rounds) + 1
+        recipe = Recipe(source=opened, plan=plan, profile=request.profile)
+        bundle = _staged(recipe, staging / f"build-{number}", progress)
+        write_manifest(bundle)
+        progress.phase(f"measuring its memory (build {number})", 1)
         # A run that failed has no peak: validation will say why.
-        peak = int(document["memory"].get("peak_bytes", 0)) if document else 0
+        peak = run_acceptance(bundle.folder.root, None).peak_bytes or 0
+        progress.advance()
         rounds.append(_Round(plan=plan, reserve_bytes=reserve, peak_bytes=peak))
+        better = _best(rounds) is rounds[-1]
+        worse, best = (best, bundle) if better else (bundle, best)
+        if worse is not None:
+            shutil.rmtree(worse.folder.root)
         reserve = _next_reserve(rounds[-1]) if peak else None
-    return rounds
+    assert best is not None
+    return rounds, best
 
 
-def _planned_again(loaded: LoadedMap, request: Request, last: _Round, reserve: int) -> Plan | None:
+def _moved(bundle: OpenedBundle, root: Path) -> OpenedBundle:
+    """The bundle, from its folder in `root` into `root` itself."""
+    for path in bundle.folder.root.iterdir():
+        path.rename(root / path.name)
+    bundle.folder.root.rmdir()
+    return replace(bundle, folder=BundleFolder(root=root))
+
+
+def _planned_again(opened: OpenedMap, request: Request, last: _Round, reserve: int) -> Plan | None:
     """The plan that keeps `reserve` free, or at least what was measured beside the prediction; None where the last one,
     which fits, is the smallest. InfeasibleBudgetError where it did not fit."""
     for spare in (reserve, reserve - last.margin_bytes):
         try:
-            return request.plan(loaded, spare)
+            return request.plan(opened, spare)
         except InfeasibleBudgetError as error:
             refused = error
     if last.room_bytes < 0:
@@ -197,41 +224,21 @@ def _best(rounds: Sequence[_Round]) -> _Round:
     return max(fitting, key=rank, default=rounds[-1])
 
 
-def _polished(
-    loaded: LoadedMap,
-    plan: Plan,
-    profile: DeviceProfile,
-    staging: Path,
-    progress: Progress,
-    polishing: Polishing | None,
-) -> dict[str, Any] | None:
-    """Stage the plan again with tuned scales, which changes neither its bytes nor its memory; what there is to say of
-    it."""
+def _polished(recipe: Recipe, bundle: OpenedBundle, polishing: Polishing | None, progress: Progress) -> OpenedBundle:
+    """The bundle with tuned scales, which change neither its bytes nor its memory, where `polishing` is given."""
     if polishing is None:
-        return None
+        return bundle
     from packager.scoring.polish_plan import polish_plan
 
-    with scratch_folder() as scratch:
-        tuned = scratch / "polished.safetensors"
-        said = polish_plan(loaded, plan, polishing, tuned, progress)
-        _stage(loaded, plan, profile, staging, progress, tuned)
-    return said
+    scales, polish = polish_plan(recipe.source, recipe.plan, polishing, progress)
+    return with_scales(bundle, scales, polish)
 
 
-def _stage(
-    loaded: LoadedMap,
-    plan: Plan,
-    profile: DeviceProfile,
-    staging: Path,
-    progress: Progress,
-    polished: Path | None = None,
-) -> None:
+def _staged(recipe: Recipe, root: Path, progress: Progress) -> OpenedBundle:
     progress.phase("writing the bundle", 1)
-    for path in staging.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_contents(loaded, plan, profile, staging, polished)
-    write_manifest(staging, loaded, plan, profile.provider, measured=None)
+    bundle = stage(recipe, root)
     progress.advance()
+    return bundle
 
 
 def pack(
@@ -245,9 +252,10 @@ def pack(
     validate: bool,
     force: bool,
     progress: Progress,
-    cache: Path | None = None,
+    map_folder: Path | None = None,
 ) -> Built:
-    """From a model to a bundle: score it unless the map lies beside the bundle already, then build.
+    """From a model to a bundle: score it unless the map lies in `map_folder` already (where None, beside the bundle),
+    then build.
 
     ArtifactError where the map there is of other settings, for it may have taken hours; `force` replaces it.
     """
@@ -256,11 +264,11 @@ def pack(
 
     refuse_existing(out, BUNDLE, force=force)
     checkpoint = open_checkpoint(source)
-    folder = cache or out.parent / f"{checkpoint.name}.map"
+    folder = map_folder or out.parent / f"{checkpoint.name}.map"
     with reserved(out, BUNDLE, force=force, inputs=[folder, *checkpoint.inputs, *calibration_paths]):
         differences = (
             map_differences(folder, checkpoint, settings, calibration_paths)
-            if (folder / IDENTITY_FILE).is_file()
+            if MapFolder(root=folder).exists()
             else None
         )
         if differences and not force:
@@ -279,4 +287,4 @@ def pack(
                 force=force,
                 progress=progress,
             )
-        return build(load_map(folder), request, out, validate=validate, force=force, progress=progress)
+        return build(open_map(folder), request, out, validate=validate, force=force, progress=progress)

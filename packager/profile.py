@@ -10,14 +10,23 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Final, get_type_hints
 
 from packager.errors import ProfileError, UsageError
 from packager.sizes import parse_size
 
-KV_CACHES = ("auto", "float", "int8")
-AUTO, FLOAT, INT8 = KV_CACHES
-"""What a key/value cache holds: floats, 8-bit codes, or whichever is predicted to lose less."""
+AUTO: Final = "auto"
+FLOAT: Final = "float"
+INT8: Final = "int8"
+KV_CACHES = (AUTO, FLOAT, INT8)
+"""What a key/value cache holds: floats, 8-bit codes, or whichever is predicted to lose less.
+
+AUTO stands in place of a context's tokens too: the plan chooses them, see `planning.plan.context_frontier`.
+"""
+PROMPT_RESERVE = 32
+"""Tokens of a context that are kept for the answer: the longest prompt is as much shorter."""
+LEAST_CONTEXT_TOKENS = PROMPT_RESERVE + 1
+"""The shortest context there is: one token of a prompt, and its answer."""
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 
 
@@ -81,7 +90,7 @@ class DeviceProfile:
     threads: int
     coefficients: MemoryCoefficients
     toml: str
-    kv_cache: str = "auto"
+    kv_cache: str = AUTO
 
 
 def profile_folder() -> Path:
@@ -145,7 +154,7 @@ def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
         threads=_typed(device, "threads", int, where, default=0),
         coefficients=_coefficients(memory, where),
         toml=text,
-        kv_cache=_typed(runtime, "kv_cache", str, where, default="auto"),
+        kv_cache=_typed(runtime, "kv_cache", str, where, default=AUTO),
     )
     _check(profile, where)
     return profile
@@ -165,8 +174,8 @@ def _check(profile: DeviceProfile, where: str) -> None:
     if not 0 <= profile.accuracy_level <= 4:
         raise ProfileError(f"{where}: runtime.accuracy_level {profile.accuracy_level}: expected 0 to 4")
     bounded = (
-        ("context.tokens", profile.context_tokens, 33),
-        ("context.minimum", profile.minimum_context_tokens, 33),
+        ("context.tokens", profile.context_tokens, LEAST_CONTEXT_TOKENS),
+        ("context.minimum", profile.minimum_context_tokens, LEAST_CONTEXT_TOKENS),
         ("runtime.chunk_tokens", profile.chunk_tokens, 1),
         ("device.threads", profile.threads, 0),
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
-    """One phase after another, each of a known number of steps."""
+    """One phase after another, each of a known number of steps.
+
+    Work runs in the caller's thread: what a method raises stops it, leaves nothing under a final name, and reaches the
+    caller as it is.
+    """
 
     def phase(self, name: str, total: int) -> None:
         """A new phase of `total` steps begins."""

@@ -34,7 +34,8 @@ from transformers import (
 )
 
 from packager.progress import Silent
-from packager.scoring.score import ScoreSettings, score_model
+from packager.scoremap.settings import ScoreSettings
+from packager.scoring.score import score_model
 from packager.source.checkpoint import open_checkpoint
 
 # Tensors this small are slower on several threads than on one, far slower where cores are shared.

@@ -28,7 +28,7 @@ def speaks_for_itself(call: ast.Call) -> bool:
             modes = [*call.args[:2], *([words["mode"]] if "mode" in words else [])]
             if name.endswith("TemporaryFile") and not modes:
                 return True
-            plain = {"os", "webbrowser", "mmap"}
+            plain = {"os", "webbrowser", "mmap", "Workspace"}
             if name == "open" and isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in plain:
                 return True
             return any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager import pipeline
+from packager.bundle.folder import BundleFolder
+from packager.bundle.writer import Recipe
 from packager.errors import InfeasibleBudgetError
 from packager.pipeline import _best, _closed_loop, _next_reserve, _planned_again, _Round
-from packager.planning.plan import LoadedMap, Plan, Request, load_map, make_plan, smallest_memory
+from packager.planning.plan import Plan, Request, make_plan, smallest_memory
+from packager.planning.predicted_memory import PredictedMemory
 from packager.profile import DeviceProfile, load_profile
 from packager.progress import Silent
-from packager.runtime.limits import LimitedRun
-from packager.validation import validate
+from packager.scoremap.opening import OpenedMap, open_map
 
 MIB = 1 << 20
 
@@ -39,7 +42,7 @@ def round_of(*, budget: int, predicted: int, peak: int, prefix: int = 5) -> _Rou
         ratio=0.5,
         loss_nats=0.1,
         peak_bytes=predicted,
-        memory={},
+        memory=PredictedMemory(peak_bytes=predicted, peak_phase="prefill", phases={"prefill": {}}),
     )
     return _Round(plan=plan, reserve_bytes=0, peak_bytes=peak)
 
@@ -121,8 +124,8 @@ def test_of_the_rounds_the_largest_that_fits_and_uses_its_budget_is_published() 
 
 
 @pytest.fixture(scope="module")
-def loaded(maps: Callable[[str], Path]) -> LoadedMap:
-    return load_map(maps("llama"))
+def loaded(maps: Callable[[str], Path]) -> OpenedMap:
+    return open_map(maps("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -140,29 +143,36 @@ def weightless() -> DeviceProfile:
 class Loop:
     """The closed loop on a real map, with every build written nowhere and every peak made up from its plan."""
 
-    loaded: LoadedMap
+    loaded: OpenedMap
     request: Request
     peaks: Callable[[int, Plan], int]
 
     def rounds(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Sequence[_Round]:
         staged: list[Plan] = []
-        monkeypatch.setattr(pipeline, "_stage", lambda loaded, plan, *others: staged.append(plan))
 
-        def measured(root: Path, budget: int | None) -> tuple[dict[str, Any] | None, LimitedRun]:
+        def stage(recipe: Recipe, root: Path) -> Any:
+            root.mkdir()
+            staged.append(recipe.plan)
+            return SimpleNamespace(folder=BundleFolder(root=root), plan=recipe.plan)
+
+        def run_acceptance(root: Path, budget: int | None) -> Any:
             assert budget is None
-            done = LimitedRun(
-                returncode=0, stdout="", stderr="", enforced=None, timeout_seconds=None, last_phase="answer"
-            )
-            return {"memory": {"peak_bytes": self.peaks(len(staged), staged[-1])}}, done
+            return SimpleNamespace(peak_bytes=self.peaks(len(staged), staged[-1]))
 
-        monkeypatch.setattr(validate, "measure_device", measured)
-        rounds = _closed_loop(self.loaded, self.request, self.request.plan(self.loaded), folder, Silent())
+        monkeypatch.setattr(pipeline, "stage", stage)
+        monkeypatch.setattr(pipeline, "write_manifest", lambda bundle: None)
+        monkeypatch.setattr(pipeline, "run_acceptance", run_acceptance)
+        plan = self.request.plan(self.loaded)
+        rounds, bundle = _closed_loop(self.loaded, self.request, plan, folder, Silent())
         assert [item.plan for item in rounds] == staged
+        kept: Any = bundle
+        assert kept.plan is _best(rounds).plan
+        assert list(folder.iterdir()) == [bundle.folder.root]
         return rounds
 
 
 def loop(
-    loaded: LoadedMap, profile: DeviceProfile, share: float, peaks: Callable[[int, Plan], int], **wanted: Any
+    loaded: OpenedMap, profile: DeviceProfile, share: float, peaks: Callable[[int, Plan], int], **wanted: Any
 ) -> Loop:
     """A loop whose budget lies at `share` of the way from the smallest model to the largest."""
     least = smallest_memory(loaded, profile, profile.context_tokens).peak_bytes
@@ -176,7 +186,7 @@ def loop(
 
 @pytest.mark.parametrize("error", [-0.2, -0.1, 0.02, 0.1, 0.2])
 def test_a_misprediction_is_met_in_the_second_round(
-    loaded: LoadedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: float
+    loaded: OpenedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: float
 ) -> None:
     case = loop(loaded, weightless, 0.2, lambda number, plan: plan.peak_bytes + int(error * plan.budget_bytes))
     rounds = case.rounds(monkeypatch, tmp_path)
@@ -188,26 +198,26 @@ def test_a_misprediction_is_met_in_the_second_round(
 
 
 def test_one_round_is_enough_where_the_prediction_holds(
-    loaded: LoadedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    loaded: OpenedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case = loop(loaded, weightless, 0.5, lambda number, plan: int(0.98 * plan.peak_bytes))
     assert len(case.rounds(monkeypatch, tmp_path)) == 1
 
 
 def test_there_are_three_rounds_at_most(
-    loaded: LoadedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    loaded: OpenedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case = loop(loaded, weightless, 0.9, lambda number, plan: plan.budget_bytes + number)
     rounds = case.rounds(monkeypatch, tmp_path)
     assert len(rounds) == 3
     assert _best(rounds) is rounds[-1]
-    assert [item.to_dict()["measured_bytes"] for item in rounds] == [
+    assert [item.reported().measured_bytes for item in rounds] == [
         item.plan.budget_bytes + number for number, item in enumerate(rounds, 1)
     ]
 
 
 def test_a_budget_that_no_model_keeps_ends_in_an_error(
-    loaded: LoadedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    loaded: OpenedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case = loop(loaded, weightless, 0.0, lambda number, plan: plan.budget_bytes + 10 * MIB)
     with pytest.raises(InfeasibleBudgetError):
@@ -215,7 +225,7 @@ def test_a_budget_that_no_model_keeps_ends_in_an_error(
 
 
 def test_the_same_weights_at_a_shorter_context_are_another_round(
-    loaded: LoadedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    loaded: OpenedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As a context that is chosen with the weights may become."""
     shorter = iter([48, 40])
@@ -232,4 +242,4 @@ def test_the_same_weights_at_a_shorter_context_are_another_round(
     )
     rounds = case.rounds(monkeypatch, tmp_path)
     assert [item.plan.context_tokens for item in rounds] == [64, 48]
-    assert _best(rounds).to_dict()["context_tokens"] == 48
+    assert _best(rounds).reported().context_tokens == 48

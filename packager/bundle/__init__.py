@@ -1,1 +1,1 @@
-"""The bundle: its layout, its manifest, and how it is written and opened."""
+"""The bundle: its folder, its manifest, and how it is written and opened."""

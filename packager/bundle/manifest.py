@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from packager.bundle.folder import REQUIRED_ROLES
 from packager.errors import ArtifactError
 from packager.forms.registry import Form, form_bytes, parse_form
 from packager.io.files import require_distinct, sha256_json
-from packager.io.records import from_plain
+from packager.io.records import from_plain, without_none
+from packager.planning.predicted_memory import PredictedMemory
 from packager.profile import PROVIDERS
 from packager.scoremap.identity import ModelIdentity
 
@@ -60,7 +62,39 @@ class Predicted:
     peak_bytes: int
     loss_nats: float
     file_bytes: int
-    memory: dict[str, Any]
+    memory: PredictedMemory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What validation measured: mean losses on the held-out text in nats per token, on the runtime, over the source
+    model's, and of the same weights in torch; memory of the process and its speed with a full context. None where it
+    was not measured.
+    """
+
+    heldout_nats: float | None = None
+    loss_nats: float | None = None
+    torch_heldout_nats: float | None = None
+    peak_bytes: int | None = None
+    anonymous_bytes: int | None = None
+    mapped_bytes: int | None = None
+    context_tokens: int | None = None
+    load_seconds: float | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Polish:
+    """How block scales were tuned: for how long, on what text, the divergence from the source model on held-out text
+    before and after in nats per token, and how many units' scales were kept, 0 where it was no better."""
+
+    minutes: float
+    steps: int
+    text: str
+    heldout_divergence_before_nats: float
+    heldout_divergence_after_nats: float
+    units: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,17 +114,14 @@ class Manifest:
     bounds: Bounds
     predicted: Predicted
     versions: dict[str, str]
-    measured: dict[str, Any] | None = None
-    polish: dict[str, Any] | None = None
+    measured: Measured | None = None
+    polish: Polish | None = None
     cache: str = "float"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `packager.json`."""
-        data = asdict(self)
-        for optional in ("measured", "polish"):
-            if data[optional] is None:
-                del data[optional]
-        return data
+        data = without_none(self)
+        return data | {"measured": without_none(self.measured)} if self.measured is not None else data
 
 
 def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
@@ -105,7 +136,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
         raise ArtifactError(
             f"{where}: its files do not add up to its bundle_sha256: the manifest was altered, build the bundle again"
         )
-    for role in ("graph", "weights", "reference", "config"):
+    for role in REQUIRED_ROLES:
         if sum(entry.role == role for entry in manifest.files) != 1:
             raise ArtifactError(
                 f"{where}: expected one file with role {role!r}: the manifest was altered, build the bundle again"

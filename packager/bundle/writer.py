@@ -1,11 +1,7 @@
-"""Bundles: a folder that onnxruntime-genai loads as it is, with a manifest of everything in it.
+"""Writing a bundle: a folder that onnxruntime-genai loads as it is, with a manifest of everything in it.
 
-genai_config.json  config.json  generation_config.json  tokenizer files  chat_template.jinja
-onnx/model_q4.onnx  onnx/model_q4.onnx_data     the graph and its weights
-packager.json                                   manifest: files, sources, options, predicted and measured
-plan.json  profile.toml  reference.safetensors  how it was made, and the vectors a torch reference needs
-golden.safetensors  check.py                    the device's acceptance test
-README.md  LICENSE  SHA256SUMS
+`stage` writes a plan's bundle once; what comes to it later (tuned scales, a golden file, measurements) changes the
+value it returned, and `write_manifest` puts that beside the files.
 """
 
 from __future__ import annotations
@@ -13,122 +9,114 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from packager.bundle.folder import GRAPH_FILE, MANIFEST_FILE, UNLISTED, BundleFolder, role_of
 from packager.bundle.manifest import (
     SCHEMA,
     Bounds,
     BundleFile,
     BundleUnit,
     Manifest,
+    Polish,
     Predicted,
     files_hash,
-    parse_manifest,
 )
+from packager.bundle.opening import OpenedBundle
+from packager.bundle.weights import overwrite_scales
 from packager.errors import ArtifactError
-from packager.graph.kv_cache_codes import read_scales
 from packager.graph.surgery import GraphOptions, Placement, write_model
-from packager.io.files import (
-    dump_json,
-    inner_path,
-    read_json,
-    refuse_stray_links,
-    sha256_file,
-    sha256_json,
-    write_text,
-)
-from packager.io.outputs import Artefact
-from packager.io.safetensors_ranges import read_header, sha256_region
+from packager.io.files import dump_json, read_json, sha256_file, sha256_json, write_text
 from packager.planning.kv_cache_choice import CACHE_TEXTS
-from packager.planning.plan import PLAN_FILE, LoadedMap, Plan, form_of
+from packager.planning.plan import Plan, form_of
 from packager.profile import INT8, DeviceProfile
 from packager.runtime import device_check
-from packager.scoremap.identity import check_files
-from packager.scoremap.model import DIGESTS_FILE, STORE_FILE
-
-MANIFEST_FILE = "packager.json"
-GRAPH_FILE = "onnx/model_q4.onnx"
-GOLDEN_FILE = "golden.safetensors"
-REFERENCE_FILE = "reference.safetensors"
-CHECK_FILE = "check.py"
-SUMS_FILE = "SHA256SUMS"
-REPORT_FILES = ("report.json", "report.html")
-BUNDLE = Artefact(
-    noun="bundle",
-    marker=MANIFEST_FILE,
-    keys=("files",),
-    listed=lambda manifest: [entry["path"] for entry in manifest["files"]],
-    known=frozenset({SUMS_FILE, *REPORT_FILES}),
-)
-_ROLES = {
-    GRAPH_FILE: "graph",
-    f"{GRAPH_FILE}_data": "weights",
-    GOLDEN_FILE: "golden",
-    REFERENCE_FILE: "reference",
-    CHECK_FILE: "check",
-    PLAN_FILE: "plan",
-    "config.json": "config",
-}
+from packager.runtime.genai_config import GenaiBounds, bounded_config
+from packager.scoremap.opening import OpenedMap
 
 
-def write_contents(
-    loaded: LoadedMap, plan: Plan, profile: DeviceProfile, out: Path, polished: Path | None = None
-) -> None:
-    """Everything of a bundle but its golden file and manifest, into folder `out`. A copy of chosen bytes, with the
-    scales in safetensors file `polished` (`unit|scales`) in the place of the store's where there are any."""
-    skeleton = loaded.folder / "skeleton" / profile.provider
-    if not skeleton.is_dir():
-        raise ArtifactError(
-            f"{loaded.folder} has no graph for {profile.provider}: score the model again with --provider "
-            f"{profile.provider}"
-        )
-    check_files(loaded.folder, loaded.identity)
-    (out / "onnx").mkdir(parents=True)
-    scales = read_scales(loaded.folder / REFERENCE_FILE) if plan.cache == INT8 else None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What a bundle is made of: a map, a plan of it, and the device that was planned for."""
+
+    source: OpenedMap
+    plan: Plan
+    profile: DeviceProfile
+
+
+def stage(recipe: Recipe, root: Path) -> OpenedBundle:
+    """Write everything of a bundle but its manifest into folder `root`, and hash it once."""
+    write_contents(recipe, root)
+    folder = BundleFolder(root=root)
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    files = tuple(_listed(folder, name) for name in names if name not in UNLISTED)
+    return OpenedBundle(folder=folder, manifest=_manifest(recipe, files))
+
+
+def write_contents(recipe: Recipe, root: Path) -> None:
+    """Everything that a runtime needs of a bundle, and how it was made, into folder `root`: a copy of chosen bytes."""
+    source, plan, profile, folder = recipe.source, recipe.plan, recipe.profile, BundleFolder(root=root)
+    skeleton = source.folder.skeleton(profile.provider)
+    source.check_files()
+    folder.graph.parent.mkdir(parents=True)
     options = GraphOptions(
-        context_tokens=plan.context_tokens, accuracy_level=profile.accuracy_level, cache_scales=scales
+        context_tokens=plan.context_tokens,
+        accuracy_level=profile.accuracy_level,
+        cache_scales=source.folder.reference.kv_scales() if plan.cache == INT8 else None,
     )
-    written = write_model(skeleton / "graph.onnx", placements(loaded, plan, polished), options, out / GRAPH_FILE)
+    written = write_model(skeleton.graph, _placements(source, plan), options, folder.graph)
     if sum(written.values()) != plan.file_bytes:
         raise ArtifactError(f"wrote {sum(written.values())} bytes of weights, the plan said {plan.file_bytes}")
-    for path in sorted((loaded.folder / "model").iterdir()):
-        shutil.copyfile(path, out / path.name)
-    _amend_config(out / "config.json", plan.cache)
-    genai = genai_config(read_json(skeleton / "genai_config.json"), plan, profile)
-    write_text(out / "genai_config.json", json.dumps(genai, indent=2))
-    write_text(out / PLAN_FILE, dump_json(plan.to_dict()))
-    write_text(out / "profile.toml", profile.toml)
-    shutil.copyfile(loaded.folder / REFERENCE_FILE, out / REFERENCE_FILE)
-    shutil.copyfile(Path(device_check.__file__), out / CHECK_FILE)
-    write_text(out / "README.md", _card(loaded, plan))
+    for path in source.folder.side_files():
+        shutil.copyfile(path, root / path.name)
+    _amend_config(folder.config, plan.cache)
+    bounds = GenaiBounds(
+        graph_file=GRAPH_FILE,
+        context_tokens=plan.context_tokens,
+        chunk_tokens=source.geometry.chunk_tokens(profile.chunk_tokens, plan.context_tokens),
+        kv_cache=plan.cache,
+        threads=profile.threads,
+    )
+    write_text(folder.genai_config, json.dumps(bounded_config(read_json(skeleton.genai_config), bounds), indent=2))
+    write_text(folder.plan, dump_json(plan.to_dict()))
+    write_text(folder.profile, profile.toml)
+    shutil.copyfile(source.folder.reference.path, folder.reference.path)
+    shutil.copyfile(Path(device_check.__file__), folder.check)
+    write_text(folder.card, _card(source, plan))
 
 
-def placements(loaded: LoadedMap, plan: Plan, polished: Path | None = None) -> Iterable[Placement]:
-    """Every unit in its chosen form, with where its bytes lie: in the map's store, or scales in `polished`."""
-    tensors, _ = read_header(loaded.folder / STORE_FILE)
-    tuned = read_header(polished)[0] if polished else {}
-    digests = read_json(loaded.folder / DIGESTS_FILE)
-    for unit in loaded.scoremap.units:
+def with_scales(bundle: OpenedBundle, scales: Mapping[str, NDArray[np.generic]], polish: Polish) -> OpenedBundle:
+    """The bundle with tuned scales (unit → the scales of its blocks) in the place of its own: of the files, only the
+    weights change, and of them only these bytes."""
+    if scales:
+        overwrite_scales(bundle.folder.graph, scales)
+    weights = bundle.folder.weights.relative_to(bundle.folder.root).as_posix()
+    return _with_file(replace(bundle, manifest=replace(bundle.manifest, polish=polish)), weights)
+
+
+def with_golden(bundle: OpenedBundle) -> OpenedBundle:
+    """The bundle with the golden file that was written into its folder."""
+    return _with_file(bundle, bundle.folder.golden.relative_to(bundle.folder.root).as_posix())
+
+
+def write_manifest(bundle: OpenedBundle) -> None:
+    """`packager.json` and SHA256SUMS."""
+    folder, manifest = bundle.folder, bundle.manifest
+    write_text(folder.manifest, dump_json(manifest.to_dict()))
+    sums = "".join(f"{entry.sha256}  {entry.path}\n" for entry in manifest.files)
+    write_text(folder.sums, sums + f"{sha256_file(folder.manifest)}  {MANIFEST_FILE}\n")
+
+
+def _placements(source: OpenedMap, plan: Plan) -> Iterable[Placement]:
+    """Every unit in its chosen form, with where its bytes lie in the map's store."""
+    store = source.folder.open_store()
+    for unit in source.scoremap.units:
         form = form_of(plan, unit)
-        regions = {}
-        for name in form.tensors(unit.rows, unit.cols):
-            key = f"{unit.name}|{form.label}|{name}"
-            if key not in tensors:
-                raise ArtifactError(
-                    f"{loaded.folder / STORE_FILE} has no {key!r}: store and map do not belong together, score the "
-                    f"model again"
-                )
-            regions[name] = tensors[key].region
-            if sha256_region(regions[name]) != digests.get(key):
-                raise ArtifactError(
-                    f"{loaded.folder / STORE_FILE}: the bytes of {key!r} are not those that were scored: the store is "
-                    f"damaged, score the model again"
-                )
-        if f"{unit.name}|scales" in tuned:
-            regions["scales"] = tuned[f"{unit.name}|scales"].region
         yield Placement(
             name=unit.name,
             matrix=unit.matrix,
@@ -137,29 +125,8 @@ def placements(loaded: LoadedMap, plan: Plan, polished: Path | None = None) -> I
             rows=unit.rows,
             cols=unit.cols,
             form=form,
-            regions=regions,
+            regions=store.placement_regions(unit.name, form, unit.rows, unit.cols),
         )
-
-
-def genai_config(skeleton: Mapping[str, Any], plan: Plan, profile: DeviceProfile) -> dict[str, Any]:
-    """The runtime's configuration: the exporter's, bounded to the plan's context and the profile's chunk.
-
-    The runtime allocates `max_length` at once, so the model's full context would be memory for nothing. Prefill in
-    chunks bounds the activations (and on CPU is faster). Unknown keys are parse errors there: ours stay out.
-    """
-    config: dict[str, Any] = json.loads(json.dumps(skeleton))
-    decoder = config["model"]["decoder"]
-    decoder["filename"] = GRAPH_FILE
-    config["model"]["context_length"] = plan.context_tokens
-    config["search"]["max_length"] = plan.context_tokens
-    config["search"]["chunk_size"] = profile.chunk_tokens
-    if plan.cache == INT8:
-        # A pattern of allocations is kept from the first chunk and its block held beside what deeper chunks need
-        # (docs/memory.md).
-        decoder["session_options"]["enable_mem_pattern"] = False
-    if profile.threads:
-        decoder["session_options"]["intra_op_num_threads"] = profile.threads
-    return config
 
 
 def _amend_config(path: Path, cache: str) -> None:
@@ -169,80 +136,47 @@ def _amend_config(path: Path, cache: str) -> None:
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False))
 
 
-def write_manifest(
-    out: Path,
-    loaded: LoadedMap,
-    plan: Plan,
-    provider: str,
-    *,
-    measured: Mapping[str, Any] | None,
-    polish: Mapping[str, Any] | None = None,
-) -> Manifest:
-    """`packager.json` and SHA256SUMS over what lies in `out`. Returns the manifest."""
-    skip = {MANIFEST_FILE, SUMS_FILE, *REPORT_FILES}
-    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    files = tuple(
-        BundleFile(
-            path=name, role=_ROLES.get(name, "side"), bytes=(out / name).stat().st_size, sha256=sha256_file(out / name)
-        )
-        for name in names
-        if name not in skip
-    )
-    manifest = Manifest(
+def _listed(folder: BundleFolder, name: str) -> BundleFile:
+    path = folder.root / name
+    return BundleFile(path=name, role=role_of(name), bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _with_file(bundle: OpenedBundle, name: str) -> OpenedBundle:
+    """The bundle with the file of that name as it lies there now; the others are as they were listed."""
+    others = [entry for entry in bundle.manifest.files if entry.path != name]
+    files = tuple(sorted([*others, _listed(bundle.folder, name)], key=lambda entry: entry.path))
+    return replace(bundle, manifest=replace(bundle.manifest, files=files, bundle_sha256=files_hash(files)))
+
+
+def _manifest(recipe: Recipe, files: tuple[BundleFile, ...]) -> Manifest:
+    source, plan = recipe.source, recipe.plan
+    return Manifest(
         schema=SCHEMA,
         bundle_sha256=files_hash(files),
         files=files,
-        model=loaded.identity.model,
+        model=source.identity.model,
         map_sha256=plan.map_sha256,
         plan_sha256=sha256_json(plan.to_dict()),
         profile=plan.profile,
         profile_sha256=plan.profile_sha256,
-        units=tuple(BundleUnit(**asdict(unit), form=plan.choices[unit.name]) for unit in loaded.scoremap.units),
+        units=tuple(BundleUnit(**asdict(unit), form=plan.choices[unit.name]) for unit in source.scoremap.units),
         bounds=Bounds(
             budget_bytes=plan.budget_bytes,
             context_tokens=plan.context_tokens,
             prompt_tokens=plan.prompt_tokens,
-            vocabulary=loaded.geometry.vocab,
-            provider=provider,
+            vocabulary=source.geometry.vocab,
+            provider=recipe.profile.provider,
         ),
         predicted=Predicted(
             peak_bytes=plan.peak_bytes, loss_nats=plan.loss_nats, file_bytes=plan.file_bytes, memory=plan.memory
         ),
         versions={name: version(name) for name in ("edge-packager", "onnxruntime", "onnxruntime-genai", "onnx-ir")},
-        measured=dict(measured) if measured is not None else None,
-        polish=dict(polish) if polish is not None else None,
         cache=plan.cache,
     )
-    write_text(out / MANIFEST_FILE, dump_json(manifest.to_dict()))
-    sums = "".join(f"{entry.sha256}  {entry.path}\n" for entry in files)
-    write_text(out / SUMS_FILE, sums + f"{sha256_file(out / MANIFEST_FILE)}  {MANIFEST_FILE}\n")
-    return manifest
 
 
-def open_bundle(root: Path) -> Manifest:
-    """The manifest of the bundle in `root`, after every file was found with its size and hash. Nothing is executed."""
-    path = root / MANIFEST_FILE
-    if not path.is_file():
-        raise ArtifactError(
-            f"{root} is not a bundle ({MANIFEST_FILE} is missing): make one with 'packager pack' or 'packager build'"
-        )
-    manifest = parse_manifest(read_json(path), str(path))
-    refuse_stray_links(root, [*(entry.path for entry in manifest.files), MANIFEST_FILE, SUMS_FILE, *REPORT_FILES])
-    for entry in manifest.files:
-        file = inner_path(root, entry.path)
-        if not file.is_file():
-            raise ArtifactError(f"{file} is missing: the bundle is incomplete, build it again")
-        size = file.stat().st_size
-        if size != entry.bytes or sha256_file(file) != entry.sha256:
-            raise ArtifactError(
-                f"{file} is not the file its manifest names (expected {entry.bytes} bytes, found {size}): the bundle "
-                f"was altered or damaged"
-            )
-    return manifest
-
-
-def _card(loaded: LoadedMap, plan: Plan) -> str:
-    model = loaded.identity.model
+def _card(source: OpenedMap, plan: Plan) -> str:
+    model = source.identity.model
     kind = f"{model.architecture}, {model.parameters / 1e6:.0f} M parameters"
     return f"""# {model.name}, packed for {plan.profile}
 
@@ -263,7 +197,19 @@ def _card(loaded: LoadedMap, plan: Plan) -> str:
 
 ```python
 import onnxruntime_genai as og
+from check import decode, encode, text_rules  # the bundle's own check.py
+
 model = og.Model(".")
-tokenizer = og.Tokenizer(model)
+tokenizer, rules = og.Tokenizer(model), text_rules()
+params = og.GeneratorParams(model)
+params.set_search_options(max_length={plan.context_tokens}, do_sample=False)
+generator = og.Generator(model, params)
+ids = encode(tokenizer, "The three most important things are", rules)
+generator.append_tokens(ids)
+while not generator.is_done():
+    generator.generate_next_token()
+print(decode(tokenizer, generator.get_sequence(0)[len(ids):], rules))
 ```
+
+A text of a chat template has its special tokens already: `encode(tokenizer, text, rules, bare=False)`.
 """

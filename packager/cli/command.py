@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from packager.cli.parser import make_parser
+from packager.cli.parser import parse
 from packager.errors import OutputError, PackagerError
 from packager.io.failures import is_disk_full, output_error
 from packager.runtime.processes import StoppedError, stopping
@@ -14,19 +18,21 @@ from packager.runtime.processes import StoppedError, stopping
 _INTERRUPTED = 130
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns its exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 infeasible
     budget."""
-    arguments = make_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most scripts
     try:
+        arguments = parse(words)
         with stopping():
-            return int(arguments.verb(arguments))
+            status = int(arguments.verb(arguments))
+        print(end="", flush=True)  # here, where a reader that has gone is an exception to catch
+        return status
     except PackagerError as error:
-        if getattr(arguments, "json", False):
-            detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
-            print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
-        print(f"packager: {error}", file=sys.stderr)
-        return error.exit_code
+        return _refused(error, words)
     except KeyboardInterrupt as stopped:
         print(
             "packager: interrupted; nothing was left under a final name, and 'packager score' resumes where it was",
@@ -35,14 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         return stopped.status if isinstance(stopped, StoppedError) else _INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has gone: nothing more to say, and nothing to flush at exit.
-        sys.stdout = None
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if not isinstance(error, OSError) and not is_disk_full(error):
             raise
         name = getattr(error, "filename", None)
         said = output_error(error, Path(name if isinstance(name, str) else "here"))
-        if said is None:
-            said = OutputError(f"{error}; nothing was left half-written")
-        print(f"packager: {said}", file=sys.stderr)
-        return 1
+        return _refused(said or OutputError(f"{error}; nothing was left half-written"), words)
+
+
+def _refused(error: PackagerError, words: Sequence[str]) -> int:
+    """Say what is wrong, as JSON too where that was asked for; the exit status."""
+    # Not from what was parsed: it may be that nothing could be.
+    if any(len(word) > 2 and "--json".startswith(word) for word in words):
+        detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
+        print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
+    print(f"packager: {error}", file=sys.stderr)
+    return error.exit_code

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from packager import __version__
+from packager.api import arguments as rules
+from packager.api.calls import SOME_SIZES
 from packager.cli import verbs
-from packager.profile import PROVIDERS
+from packager.errors import UsageError
+
+VERBS = ("pack", "score", "plan", "curve", "build", "validate", "run", "inspect", "profiles")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Every verb with its arguments; `verb` of what it parses is the function to call."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """One that raises what it finds, for the command to say it as it says other errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Shows how the verb is called; UsageError in the place of an exit."""
+        self.print_usage(sys.stderr)
+        raise UsageError(message)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line; `verb` among them is the function to call. UsageError says what is wrong."""
+    parser = _make_parser()
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(VERBS)}"
+        parser.error(f"{verb!r} is no verb: {hint}")
+    return parser.parse_args(argv)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="packager",
         description="Pack a language model for a device: one score map, any size, a validated ONNX bundle.",
         epilog="exit status: 0 done, 1 error, 2 usage, 3 a check failed, 4 the budget is infeasible",
@@ -53,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     _scoring(score)
     score.add_argument(
         "--provider",
-        choices=PROVIDERS,
+        choices=rules.PROVIDER.words,
         default="cpu",
         help="execution provider of the profiles that the map is for (default: cpu)",
     )
@@ -89,18 +115,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     curve.add_argument(
         "--context",
-        type=int,
+        type=_of(rules.CONTEXT_TOKENS),
         metavar="N",
         help="tokens the sizes are bounded to, with --profile (default: the profile's)",
     )
     curve.add_argument(
-        "--sizes", type=int, default=30, metavar="N", help="sizes on the curve, from smallest to largest (default: 30)"
+        "--sizes",
+        type=_of(rules.SIZES),
+        default=30,
+        metavar="N",
+        help="sizes on the curve, from smallest to largest (default: 30)",
     )
     curve.add_argument(
         "--measure",
-        type=int,
+        type=_of(rules.SIZES),
         nargs="?",
-        const=verbs.SOME_SIZES,
+        const=SOME_SIZES,
         metavar="N",
         help="build N of them (default: 8, both ends among them) and measure their loss on ONNX Runtime",
     )
@@ -111,7 +141,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure on this text (.txt, .jsonl, .parquet) in place of the map's held-out windows",
     )
     curve.add_argument(
-        "--windows", type=int, default=8, metavar="N", help="windows of 512 tokens of --text to measure on (default: 8)"
+        "--windows",
+        type=_of(rules.WINDOWS),
+        default=8,
+        metavar="N",
+        help="windows of 512 tokens of --text to measure on (default: 8)",
     )
     curve.add_argument(
         "-o",
@@ -134,7 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     build.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     build.add_argument(
         "--polish",
-        type=float,
+        type=_of(rules.MINUTES),
         nargs="?",
         const=10.0,
         metavar="MINUTES",
@@ -176,7 +210,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("bundle", type=Path, metavar="BUNDLE")
     run.add_argument("--prompt", required=True, metavar="TEXT")
-    run.add_argument("--tokens", type=int, default=128, metavar="N", help="at most this many new tokens (default: 128)")
+    run.add_argument(
+        "--tokens",
+        type=_of(rules.ANSWER_TOKENS),
+        default=128,
+        metavar="N",
+        help="at most this many new tokens (default: 128)",
+    )
     run.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
 
     inspect = _verb(
@@ -231,14 +271,14 @@ def _target(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--context",
-        type=_context,
+        type=_of(rules.CONTEXT),
         metavar="N",
         help="tokens the bundle is bounded to, prompt and answer together (default: the profile's); "
         "'auto': the profile's minimum, and beyond it what costs no quality",
     )
     parser.add_argument(
         "--kv-cache",
-        choices=["auto", "float", "int8"],
+        choices=rules.KV_CACHE.words,
         help=(
             "key/value cache of floats, of 8-bit codes, or whichever is predicted to lose less "
             "(default: the profile's, else auto)"
@@ -246,11 +286,20 @@ def _target(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _context(text: str) -> int | str:
-    try:
-        return "auto" if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number of tokens or 'auto', found {text!r}") from None
+def _of(rule: rules.Rule[Any]) -> Callable[[str], Any]:
+    """argparse's way to ask a rule."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = rule.kind(text)
+        except ValueError:
+            value = text
+        try:
+            return rule.check(value)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def _scoring(parser: argparse.ArgumentParser) -> None:
@@ -262,13 +311,19 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="text to calibrate on: .txt, .jsonl (field 'text') or .parquet; may be repeated",
     )
-    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="calibration tokens (default: 32768)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    parser.add_argument(
+        "--tokens", type=_of(rules.TOKENS), default=32768, metavar="N", help="calibration tokens (default: 32768)"
+    )
+    parser.add_argument("--seed", type=_of(rules.SEED), default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument(
         "--quick", action="store_true", help="fewer tokens and options: a rougher map in a fraction of the time"
     )
     parser.add_argument(
-        "--device", default="cpu", metavar="D", help="torch device to score on: cpu or cuda (default: cpu)"
+        "--device",
+        type=_of(rules.DEVICE),
+        default="cpu",
+        metavar="D",
+        help="torch device to score on: cpu, cuda or cuda:N (default: cpu)",
     )
     parser.add_argument(
         "--float-only",
@@ -276,26 +331,47 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
         help="low rank in float instead of low-bit codes, for devices without kernels for these",
     )
     parser.add_argument(
-        "--method", choices=["curvature", "acip"], default="curvature", help="how units are scored (default: curvature)"
+        "--method", choices=rules.METHOD.words, default="curvature", help="how units are scored (default: curvature)"
     )
     acip = parser.add_argument_group(
         "ACIP", "the defaults are those published, or with --quick some that two cores can bear"
     )
     acip.add_argument(
-        "--acip-steps", type=int, metavar="N", help="optimiser steps that the schedule is laid over (2000, quick 80)"
+        "--acip-steps",
+        type=_of(rules.ACIP["steps"]),
+        metavar="N",
+        help="optimiser steps that the schedule is laid over (2000, quick 80)",
     )
-    acip.add_argument("--acip-tokens", type=int, metavar="N", help="tokens in an optimiser step (4096, quick 256)")
     acip.add_argument(
-        "--acip-tuning", type=int, metavar="N", help="steps of tuning the adapters after pruning (1000, quick 40)"
+        "--acip-tokens",
+        type=_of(rules.ACIP["step_tokens"]),
+        metavar="N",
+        help="tokens in an optimiser step (4096, quick 256)",
     )
-    acip.add_argument("--acip-rank", type=int, metavar="N", help="rank of the adapters (32, quick 8)")
-    acip.add_argument("--acip-rate", type=float, metavar="X", help="learning rate of the adapters (5e-5, quick 5e-4)")
     acip.add_argument(
-        "--acip-stop", type=float, metavar="X", help="share of the layers' elements at which pruning stops (0.4)"
+        "--acip-tuning",
+        type=_of(rules.ACIP["tuning_steps"]),
+        metavar="N",
+        help="steps of tuning the adapters after pruning (1000, quick 40)",
+    )
+    acip.add_argument(
+        "--acip-rank", type=_of(rules.ACIP["adapter_rank"]), metavar="N", help="rank of the adapters (32, quick 8)"
+    )
+    acip.add_argument(
+        "--acip-rate",
+        type=_of(rules.ACIP["adapter_rate"]),
+        metavar="X",
+        help="learning rate of the adapters (5e-5, quick 5e-4)",
+    )
+    acip.add_argument(
+        "--acip-stop",
+        type=_of(rules.ACIP["stop_ratio"]),
+        metavar="X",
+        help="share of the layers' elements at which pruning stops (0.4)",
     )
     acip.add_argument(
         "--acip-basis",
-        choices=["curvature", "weights"],
+        choices=rules.ACIP_BASIS.words,
         help="what layers are taken apart by: their curvature, or as published their weights",
     )
 

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from packager.errors import UsageError
+from packager.errors import UsageError, require_extra
 from packager.planning.size_curve import BY_PEAK, Curve
 from packager.sizes import format_size
 
@@ -15,17 +15,11 @@ _NOISY_NATS = 0.01
 
 
 def require_plot(out: Path) -> None:
-    """UsageError when `out` is no kind of picture, or nothing here can draw one: better said before hours of
-    measuring."""
+    """UsageError when `out` is no kind of picture, MissingExtraError when nothing here can draw one: better said before
+    hours of measuring."""
     if out.suffix.lower() not in FORMATS:
         raise UsageError(f"{out}: expected a name that ends in {' or '.join(FORMATS)}")
-    try:
-        import matplotlib  # noqa: F401  only to see that it is there
-    except ImportError:
-        raise UsageError(
-            f"{out} cannot be drawn without matplotlib: pip install 'edge-packager[plot]', or leave out -o and use "
-            f"--json"
-        ) from None
+    require_extra("plot", ["matplotlib"], f"drawing {out}")
 
 
 def curve_picture(curve: Curve, suffix: str) -> bytes:

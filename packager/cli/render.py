@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.errors import ArtifactError
-from packager.planning.plan import PLAN_FILE, Plan, load_map, read_plan
+from packager.bundle.manifest import Polish
+from packager.bundle.opening import OpenedBundle
+from packager.planning.plan import Plan
 from packager.planning.size_curve import BY_PEAK, MOST_NOISE, Curve
 from packager.profile import DeviceProfile
 from packager.scoremap.identity import MapIdentity
-from packager.scoremap.model import MAP_FILE
+from packager.scoremap.opening import OpenedMap
 from packager.sizes import format_size
 from packager.validation.report import ValidationReport, round_text, shown, verdict
 
 if TYPE_CHECKING:
-    from packager.memory.calibrate import Calibration
+    from packager.memory.calibrate import MeasuredCoefficients
 
 _BAR = 30
 
@@ -26,7 +26,8 @@ _BAR = 30
 def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
     """What was chosen, what it is predicted to weigh and cost, and where the memory goes; `wanted_tokens` is the
     context that the profile has, where the plan was to have it."""
-    terms: Mapping[str, int] = plan.memory["phases"][plan.memory["peak_phase"]]
+    terms = plan.memory.terms
+    width = max(28, *map(len, terms))
     whole = max(plan.budget_bytes, plan.peak_bytes, 1)
     bounded = (
         f", all that the model was made for ({plan.profile} has {wanted_tokens})"
@@ -37,20 +38,22 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
         f"profile      {plan.profile}: budget {format_size(plan.budget_bytes)}, context {plan.context_tokens} "
         f"tokens{bounded}",
         f"chosen       {format_size(plan.file_bytes)} of weights, {plan.ratio:.1%} of the float16 model "
-        f"({plan.prefix} of {plan.moves} moves)",
+        f"({plan.prefix} of {plan.moves} compression steps taken)",
         f"forms        {forms_text(plan.choices.values())}",
         f"cache        {plan.cache}"
         + (f" (+{plan.cache_nats:.4f} nats)" if plan.cache_nats else "")
         + (f": {plan.cache_note}" if plan.cache_note else ""),
         f"predicted    loss +{plan.loss_nats:.4f} nats per token; peak {format_size(plan.peak_bytes)} in "
-        f"{plan.memory['peak_phase']}",
+        f"{plan.memory.peak_phase}",
     ]
     for name, size in terms.items():
-        lines.append(f"  {name:28} {format_size(size):>10}  {'█' * max(0, round(_BAR * size / whole))}")
+        lines.append(f"  {name:{width}} {format_size(size):>10}  {'█' * max(0, round(_BAR * size / whole))}")
     left = plan.budget_bytes - plan.peak_bytes
     # Only a later round of the closed loop plans beyond the budget, by what an earlier one measured below its
     # prediction.
-    lines.append(f"  {'fits, left' if left >= 0 else 'beyond it, as measured less':28} {format_size(abs(left)):>10}")
+    lines.append(
+        f"  {'fits, left' if left >= 0 else 'beyond it, as measured less':{width}} {format_size(abs(left)):>10}"
+    )
     return "\n".join(lines)
 
 
@@ -87,12 +90,12 @@ def frontier_text(frontier: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def polish_text(polish: Mapping[str, Any]) -> str:
+def polish_text(polish: Polish) -> str:
     """What tuning the block scales came to."""
-    before, after = polish["heldout_divergence_before_nats"], polish["heldout_divergence_after_nats"]
-    kept = f"{polish['units']} units" if polish["units"] else "thrown away, it was no better"
+    before, after = polish.heldout_divergence_before_nats, polish.heldout_divergence_after_nats
+    kept = f"{polish.units} units" if polish.units else "thrown away, it was no better"
     return (
-        f"polished     {polish['steps']} steps in {polish['minutes']:g} min: divergence on held-out "
+        f"polished     {polish.steps} steps in {polish.minutes:g} min: divergence on held-out "
         f"text {before:.4f} -> {after:.4f} nats per token ({kept})"
     )
 
@@ -156,8 +159,8 @@ def report_text(report: ValidationReport) -> str:
     if not report.enforced_by:
         lines.append("memory limit: not enforced, this system offers no cgroup to this user")
     if report.answer:
-        lines.append(f"asked: {report.answer['prompt']}")
-        lines.append(f"answered: {report.answer['text'].strip()}")
+        lines.append(f"asked: {report.answer.prompt}")
+        lines.append(f"answered: {report.answer.text.strip()}")
     lines.append("VALID" if report.passed else "NOT VALID: see the checks marked FAIL")
     return "\n".join(lines)
 
@@ -172,7 +175,7 @@ def profile_text(profile: DeviceProfile) -> str:
     return f"{profile.toml.rstrip()}\n\n# memory coefficients: {profile.coefficients.provenance}"
 
 
-def calibration_text(found: Calibration) -> str:
+def calibration_text(found: MeasuredCoefficients) -> str:
     """Every coefficient with its default, then how well they predict processes that the fit has not seen."""
     lines = [
         f"memory coefficients of {found.coefficients.provenance}",
@@ -209,36 +212,30 @@ def profiles_text(profiles: Sequence[DeviceProfile]) -> str:
     return "\n".join(rows)
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What lies at `path`: a map, a plan or a bundle, as plain data."""
-    if (path / MAP_FILE).is_file():
-        loaded = load_map(path)
-        sizes = [sum(chain[index].bytes for chain in loaded.scoremap.options) for index in (0, -1)]
-        plain = loaded.identity.to_dict()
+def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
+    """What a map, a bundle or a plan holds, as plain data."""
+    if isinstance(found, OpenedMap):
+        sizes = [sum(chain[index].bytes for chain in found.scoremap.options) for index in (0, -1)]
+        plain = found.identity.to_dict()
         identity = {key: plain[key] for key in ("model", "calibration", "losses", "int8_cache", "settings", "versions")}
         return {
             "kind": "score map",
-            "units": len(loaded.scoremap.units),
-            "moves": len(loaded.scoremap.moves),
+            "units": len(found.scoremap.units),
+            "moves": len(found.scoremap.moves),
             "largest_bytes": sizes[0],
             "smallest_bytes": sizes[1],
         } | identity
-    if (path / "packager.json").is_file():
-        from packager.bundle.writer import open_bundle
-
-        manifest = open_bundle(path).to_dict()
+    if isinstance(found, OpenedBundle):
+        manifest = found.manifest.to_dict()
         shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
-        forms = forms_text(unit["form"] for unit in manifest["units"])
         return {
             "kind": "bundle",
             "files": len(manifest["files"]),
             "bytes": sum(entry["bytes"] for entry in manifest["files"]),
-            "forms": forms,
+            "forms": forms_text(unit["form"] for unit in manifest["units"]),
             "measured": manifest.get("measured"),
         } | shared
-    if path.is_file() or (path / PLAN_FILE).is_file():
-        return {"kind": "plan"} | read_plan(path if path.is_file() else path / PLAN_FILE).to_dict()
-    raise ArtifactError(f"{path} is no score map, plan or bundle")
+    return {"kind": "plan"} | found.to_dict()
 
 
 def description_text(described: Mapping[str, Any], indent: str = "") -> str:

@@ -13,19 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
-from safetensors.numpy import load_file
 
-from packager.errors import ArtifactError, ExportError
+from packager.errors import ExportError
 from packager.graph.names import ATTENTION, COSINES, KEY_SCALE, PAST_KEY
-from packager.graph.prefill import Run, Steps, branch_on_rows, count_rows, over_floats, unbranch
+from packager.graph.prefill import KvScales, PrefillInputs, branch_on_rows, count_rows, over_floats, unbranch
 
-Scales = Mapping[int, Steps]
-"""Layer → the steps of its keys and values."""
-
-CACHE_ROLES = ("key", "value")
+LayerScales = Mapping[int, KvScales]
+"""Layer → the scales of its keys and values."""
 
 _MODE, _BITS = "PER_CHANNEL", 8
 _WINDOW = "local_window_size"
@@ -33,13 +29,13 @@ _WINDOW = "local_window_size"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheFacts:
-    """What the graph says of its cache: the `layers` that have one; of each head the first `turned` channels are turned
-    by position, in pairs of neighbours where `interleaved`, else a half of them apart. `refusal` says why the cache
-    cannot hold codes, empty where it can."""
+    """What the graph says of its cache: the `layers` that have one; of each head the first `rotary_channels` are
+    rotated by position, in pairs of neighbours where `rotary_interleaved`, else a half of them apart. `refusal` says
+    why the cache cannot hold codes, empty where it can."""
 
     layers: tuple[int, ...]
-    turned: int
-    interleaved: bool
+    rotary_channels: int
+    rotary_interleaved: bool
     refusal: str = ""
 
 
@@ -54,7 +50,7 @@ def cache_facts(graph: ir.Graph, provider: str) -> CacheFacts:
         refusal = f"the runtime reads 8-bit caches on the CPU only, this graph is for {provider}"
     elif readers != {ATTENTION}:
         refusal = f"its caches are read by {', '.join(sorted(readers)) or 'nothing'}, only {ATTENTION} reads 8-bit ones"
-    turned, interleaved = 0, False
+    channels, interleaved = 0, False
     for node in graph:
         table = (
             node.inputs[COSINES]
@@ -64,13 +60,13 @@ def cache_facts(graph: ir.Graph, provider: str) -> CacheFacts:
             else None
         )
         if table is not None and table.shape is not None and isinstance(table.shape[1], int):
-            turned = max(turned, 2 * table.shape[1])
+            channels = max(channels, 2 * table.shape[1])
             flag = node.attributes.get("rotary_interleaved" if node.op_type == ATTENTION else "interleaved")
             interleaved = interleaved or bool(flag and flag.as_int())
-    return CacheFacts(layers=layers, turned=turned, interleaved=interleaved, refusal=refusal)
+    return CacheFacts(layers=layers, rotary_channels=channels, rotary_interleaved=interleaved, refusal=refusal)
 
 
-def quantise_caches(graph: ir.Graph, scales: Scales) -> None:
+def quantise_caches(graph: ir.Graph, scales: LayerScales) -> None:
     """Make every cache of `graph` one of int8 codes. ExportError when layers and `scales` do not match one to one."""
     nodes = {_layer(node): node for node in graph if node.op_type == ATTENTION}
     if set(nodes) != set(scales):
@@ -78,13 +74,13 @@ def quantise_caches(graph: ir.Graph, scales: Scales) -> None:
             f"the graph has caches in layers {sorted(nodes)}, the map has scales for {sorted(scales)}: they do not "
             f"belong together"
         )
-    runs: dict[int, Run] = {}
+    prefills: dict[int, PrefillInputs] = {}
     for layer, node in nodes.items():
         # A sliding layer's buffer may be one that rolls.
         full = node.attributes.get_int(_WINDOW, -1) <= 0
-        if full and (heads := len(scales[layer][0])) not in runs:
-            runs[heads] = count_rows(graph, node, heads)
-        floats = over_floats(graph, node, scales[layer], runs[heads]) if full else None
+        if full and (heads := len(scales[layer][0])) not in prefills:
+            prefills[heads] = count_rows(graph, node, heads)
+        floats = over_floats(graph, node, scales[layer], prefills[heads]) if full else None
         node.resize_inputs(max(len(node.inputs), KEY_SCALE + 2))
         for offset, (role, scale) in enumerate(zip(("k", "v"), scales[layer], strict=True)):
             tensor = ir.Tensor(scale.reshape(-1), name=f"model.layers.{layer}.attn.{role}_scale")
@@ -94,7 +90,7 @@ def quantise_caches(graph: ir.Graph, scales: Scales) -> None:
             node.attributes.add(ir.AttrString(f"{role}_quant_type", _MODE))
         node.attributes.add(ir.AttrInt64("kv_cache_bit_width", _BITS))
         if floats is not None:
-            branch_on_rows(graph, node, floats, runs[heads])
+            branch_on_rows(graph, node, floats, prefills[heads])
     for value in _caches([*graph.inputs, *graph.outputs]):
         value.type = ir.TensorType(ir.DataType.INT8)
 
@@ -111,21 +107,6 @@ def widen_caches(graph: ir.Graph) -> None:
     for value in _caches([*graph.inputs, *graph.outputs]):
         if value.dtype == ir.DataType.INT8:
             value.type = ir.TensorType(ir.DataType.FLOAT)
-
-
-def scale_name(layer: int, role: str) -> str:
-    """The tensor of `reference.safetensors` that holds a layer's steps; `role` is one of CACHE_ROLES."""
-    return f"cache.{layer}.{role}"
-
-
-def read_scales(path: Path) -> Scales:
-    """The steps in a `reference.safetensors`."""
-    stored = load_file(path)
-    layers = sorted(int(name.split(".")[1]) for name in stored if name.startswith("cache.") and name.endswith(".key"))
-    try:
-        return {layer: (stored[scale_name(layer, "key")], stored[scale_name(layer, "value")]) for layer in layers}
-    except KeyError as error:
-        raise ArtifactError(f"{path} has no {error}: the map is damaged, score the model again") from None
 
 
 def _caches(values: Iterable[ir.Value]) -> list[ir.Value]:

@@ -1,6 +1,12 @@
-"""Names in the exporter's graph that the rest of the package relies on."""
+"""Names of the exporter's, of its files and in its graph, that the rest of the package relies on."""
 
 from __future__ import annotations
+
+GRAPH_FILE = "graph.onnx"
+"""The graph without its weights."""
+
+GENAI_FILE = "genai_config.json"
+"""The runtime's configuration, beside the graph."""
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"

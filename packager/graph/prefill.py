@@ -4,9 +4,9 @@ The kernel's products with codes are made for one row: a chunk of 128 tokens ove
 three times as long as over floats. So a layer's attention becomes an `If`. One row, a decoded token, goes to the kernel
 that reads codes. More rows go over a copy of the past in floats, which one layer at a time holds:
 
-    past codes → cut to the tokens there are → float · step ─┐
+    past codes → cut to the tokens there are → float · scale ┐
     query, key, value ───────────────────── float attention ─┴→ output
-    present, in floats → cut to the new rows → / step, rounded, saturated → ScatterND into the past codes
+    present, in floats → cut to the new rows → / scale, rounded, saturated → ScatterND into the past codes
 
 ScatterND writes the new rows into the buffer itself where past and present are one, as the runtime has them, and the
 codes are bit for bit those that the kernel writes. Where past and present are two buffers the past has no room for new
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from packager.graph.names import PAST_KEY, QUERY, TOTAL
 
-Steps = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""(key, value): the step between two codes of each channel, (kv_heads, head_dim)."""
+KvScales = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""(key, value): the scale of each channel's codes, (kv_heads, head_dim)."""
 
 _KERNEL, _FLOATS, _BRANCH = "kernel", "floats", "by_rows"
 _ROLES = ("key", "value")
@@ -34,11 +34,11 @@ _STRIDE = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """What the layers ask of a run, worked out once: whether `floats` serve it, (1,); its tokens `past` and `total`,
-    (1,); how much of a buffer to `cut`, (1,), which is the total in whole steps: pieces of memory that grew with every
-    chunk would leave holes between them; the `places` of its rows in a cache, (1, kv_heads, rows, 3). Beside them
-    constants that every layer needs.
+class PrefillInputs:
+    """What the layers ask of one pass over new rows, worked out once: whether `floats` serve it, (1,); its tokens
+    `past` and `total`, (1,); how much of a buffer to `cut`, (1,), which is the total in whole strides: pieces of memory
+    that grew with every chunk would leave holes between them; the `places` of its rows in a key/value cache, (1,
+    kv_heads, rows, 3). Beside them constants that every layer needs.
     """
 
     floats: ir.Value
@@ -92,8 +92,8 @@ class _Scope:
         return ir.Graph(inputs=[], outputs=outputs, nodes=self.nodes, name=self._prefix)
 
 
-def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> Run:
-    """Nodes in `graph` that say what a run is, for the layers with `kv_heads`, of which `attention` is one.
+def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> PrefillInputs:
+    """Nodes in `graph` that say what a pass is, for the layers with `kv_heads`, of which `attention` is one.
 
     One sequence at a time: of several, each may have a past of its own.
     """
@@ -124,38 +124,40 @@ def count_rows(graph: ir.Graph, attention: ir.Node, kv_heads: int) -> Run:
     graph.extend(scope.nodes)
     first, unit = scope.constant("first", np.array([0])), scope.constant("unit", np.array(1, np.float32))
     code = scope.constant("code", np.array(0, np.int8))
-    return Run(
+    return PrefillInputs(
         floats=floats, past=past, total=total, cut=cut, places=places, first=first, axis=axis, unit=unit, code=code
     )
 
 
-def over_floats(graph: ir.Graph, attention: ir.Node, steps: Steps, run: Run) -> ir.Graph:
-    """The branch for several rows: `attention`, still one over floats, on the past in `steps`, its present back in
+def over_floats(graph: ir.Graph, attention: ir.Node, scales: KvScales, prefill: PrefillInputs) -> ir.Graph:
+    """The branch for several rows: `attention`, still one over floats, on the past in `scales`, its present back in
     codes."""
     scope = _Scope(graph, f"{attention.name}/{_FLOATS}")
     past = attention.inputs[PAST_KEY : PAST_KEY + 2]
     wide = []
-    for role, codes, step in zip(_ROLES, past, steps, strict=True):
-        cut = scope.node("Slice", codes, run.first, run.cut, run.axis, name=f"{role}/past")
+    for role, codes, scale in zip(_ROLES, past, scales, strict=True):
+        cut = scope.node("Slice", codes, prefill.first, prefill.cut, prefill.axis, name=f"{role}/past")
         number = scope.node("Cast", cut, name=f"{role}/number", to=ir.DataType.FLOAT)
-        wide.append(scope.node("Mul", number, scope.constant(f"{role}/step", step[None, :, None]), name=f"{role}/wide"))
+        wide.append(
+            scope.node("Mul", number, scope.constant(f"{role}/step", scale[None, :, None]), name=f"{role}/wide")
+        )
     inputs = [*attention.inputs[:PAST_KEY], *wide, *attention.inputs[PAST_KEY + 2 :]]
     output, *present = scope.attention(attention, inputs)
     outputs = [output]
-    for role, codes, step, whole in zip(_ROLES, past, steps, present, strict=True):
-        new = scope.node("Slice", whole, run.past, run.total, run.axis, name=f"{role}/new")
-        # As the kernel does it: times 1 / step. A division now and then rounds to the code beside.
+    for role, codes, scale, whole in zip(_ROLES, past, scales, present, strict=True):
+        new = scope.node("Slice", whole, prefill.past, prefill.total, prefill.axis, name=f"{role}/new")
+        # As the kernel does it: times 1 / scale. A division now and then rounds to the code beside.
         scaled = scope.node(
-            "Mul", new, scope.constant(f"{role}/inverse", 1 / step[None, :, None]), name=f"{role}/scaled"
+            "Mul", new, scope.constant(f"{role}/inverse", 1 / scale[None, :, None]), name=f"{role}/scaled"
         )
-        rounded = scope.node("QuantizeLinear", scaled, run.unit, run.code, name=f"{role}/codes")
-        outputs.append(scope.node("ScatterND", codes, run.places, rounded, name=f"{role}/present"))
+        rounded = scope.node("QuantizeLinear", scaled, prefill.unit, prefill.code, name=f"{role}/codes")
+        outputs.append(scope.node("ScatterND", codes, prefill.places, rounded, name=f"{role}/present"))
     return scope.branch(outputs)
 
 
-def branch_on_rows(graph: ir.Graph, attention: ir.Node, floats: ir.Graph, run: Run) -> None:
-    """Put an `If` in the place of `attention`, by now one over codes: `floats` of `over_floats` where `run` says so,
-    else itself."""
+def branch_on_rows(graph: ir.Graph, attention: ir.Node, floats: ir.Graph, prefill: PrefillInputs) -> None:
+    """Put an `If` in the place of `attention`, by now one over codes: `floats` of `over_floats` where `prefill` says
+    so, else itself."""
     scope = _Scope(graph, f"{attention.name}/{_KERNEL}")
     kernel = scope.branch(scope.attention(attention, attention.inputs))
     _replace(
@@ -163,7 +165,7 @@ def branch_on_rows(graph: ir.Graph, attention: ir.Node, floats: ir.Graph, run: R
         attention,
         ir.node(
             "If",
-            [run.floats],
+            [prefill.floats],
             {"then_branch": floats, "else_branch": kernel},
             num_outputs=3,
             name=f"{attention.name}/{_BRANCH}",

@@ -8,8 +8,11 @@ knows the exporter; it is pinned to 0.18 in pyproject.toml.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import importlib
+import importlib.util
 import io
 import json
 import sys
@@ -23,12 +26,19 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from packager.errors import ExportError, UnsupportedModelError
-from packager.graph.names import EMBEDDING, MATRIX_SUFFIX
+from packager.graph.names import EMBEDDING, GENAI_FILE, GRAPH_FILE, MATRIX_SUFFIX
 from packager.io.files import write_text
 from packager.io.leftovers import scratch_folder
 
-GRAPH_FILE = "graph.onnx"
-GENAI_FILE = "genai_config.json"
+DRAWN_AS = {
+    "CwmForCausalLM": "LlamaForCausalLM",
+    "HeliumForCausalLM": "Ernie4_5ForCausalLM",
+    "Ministral3ForCausalLM": "LlamaForCausalLM",
+}
+"""Architectures that the exporter does not name, and the one that it knows of the same layers (tests hold both against
+torch)."""
+_TABLE_ERROR = 0.02
+"""Above what float32 angles of far positions differ by, far below what another scaling does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +73,11 @@ def export_skeleton(
     UnsupportedModelError when the exporter does not know the architecture.
     """
     architecture = (config.architectures or ["(none)"])[0]
+    architecture = DRAWN_AS.get(architecture, architecture)
     builder, base = _exporter()
     captured: list[ir.Model] = []
     working = _readable(config)
+    working.architectures = [architecture]
     model = meta_model(config, vectors)
     with scratch_folder() as folder:
         # The exporter reads generation settings from the folder the config says it came from.
@@ -109,6 +121,7 @@ def export_skeleton(
         genai = json.loads(Path(scratch, GENAI_FILE).read_text(encoding="utf-8"))
     graph_model = captured[0]
     _fix_cache_width(graph_model, int(genai["model"]["decoder"]["head_size"]))
+    _fix_rotary_tables(graph_model, model, config)
     matrices = _detach_matrices(graph_model)
     out.mkdir(parents=True, exist_ok=True)
     graph_model.graph.sort()
@@ -177,6 +190,13 @@ def _readable(config: PretrainedConfig) -> PretrainedConfig:
         copy.rope_parameters = dict(rope["full_attention"])
         sliding = rope.get("sliding_attention") or {}
         copy.rope_local_base_freq = sliding.get("rope_theta", 10_000.0)
+    if isinstance(rope, dict) and "rope_type" in rope:
+        # Phi's builder reads the name that transformers 4 gave it.
+        copy.rope_parameters = {"type": rope["rope_type"], **rope}
+        if rope["rope_type"] in ("linear", "yarn"):
+            # Tables that do not change with the prompt's length are the model's own (`_fix_rotary_tables`).
+            kept = ("rope_theta", "partial_rotary_factor")
+            copy.rope_parameters = {"rope_type": "default"} | {key: rope[key] for key in kept if key in rope}
     if getattr(copy, "sliding_window", None) and getattr(copy, "layer_types", None) is None:
         copy.layer_types = ["sliding_attention"] * copy.num_hidden_layers
     return copy
@@ -187,6 +207,42 @@ def _fix_cache_width(model: ir.Model, head_size: int) -> None:
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.shape is not None and len(value.shape) == 4 and not isinstance(value.shape[3], int):
             value.shape = ir.Shape([*list(value.shape)[:3], head_size])
+
+
+def _fix_rotary_tables(graph_model: ir.Model, model: torch.nn.Module, config: PretrainedConfig) -> None:
+    """Give the graph the cosines and sines of the model's own rotary embedding, where the exporter's differ.
+
+    The exporter knows neither linear nor YaRN scaling in every family, nor the linear scaling of Gemma 3's full layers.
+    A table that is right stays as it is, to the byte; those of longrope, of which there are two, are not touched.
+    """
+    owners = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    tables = {
+        name: value
+        for name, value in graph_model.graph.initializers.items()
+        if name.startswith(("cos_cache", "sin_cache")) and value.const_value is not None
+    }
+    if not owners or not tables:
+        return
+    rotary: Any = type(owners[0])(config=config)
+    kinds = {"_local": ("sliding_attention",), "_global": ("full_attention",)}
+    for name, value in tables.items():
+        table = value.const_value
+        assert table is not None
+        rows, width = table.shape.numpy()
+        layer_kind = next((kind for suffix, kind in kinds.items() if name.endswith(suffix)), ())
+        positions = torch.arange(rows)[None]
+        try:
+            pair = rotary(torch.zeros(1, 1, 2 * width), positions, *layer_kind)
+        except (TypeError, AttributeError, KeyError):  # a rotary embedding of another kind: the graph check decides
+            return
+        whole = pair[name.startswith("sin_cache")][0].float()
+        if whole.shape[-1] == 2 * width:
+            # Both halves of a head turn alike, or each pair of neighbours does.
+            whole = whole[:, :width] if torch.equal(whole[:, :width], whole[:, width:]) else whole[:, ::2]
+        found = torch.from_numpy(table.numpy().astype("float32"))
+        if whole.shape == found.shape and float((whole - found).abs().max()) > _TABLE_ERROR:
+            tensor = ir.Tensor(whole.numpy().astype(table.numpy().dtype), name=name)
+            value.const_value = tensor
 
 
 def _detach_matrices(model: ir.Model) -> list[Matrix]:
@@ -208,3 +264,21 @@ def _detach_matrices(model: ir.Model) -> list[Matrix]:
         value.const_value = None
         graph.inputs.append(value)
     return matrices
+
+
+@functools.cache
+def exporter_architectures() -> frozenset[str]:
+    """Names of the model classes that the installed exporter has a builder for, read from its source without running
+    it."""
+    spec = importlib.util.find_spec("onnxruntime_genai")
+    if spec is None or not spec.submodule_search_locations:
+        raise ExportError("onnxruntime-genai is not installed: pip install onnxruntime-genai")
+    source = Path(spec.submodule_search_locations[0], "models", "builder.py").read_text(encoding="utf-8")
+    # The exporter dispatches by `config.architectures[0] == "NAME"`.
+    return frozenset(
+        side.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "config.architectures[0]"
+        for side in node.comparators
+        if isinstance(side, ast.Constant) and isinstance(side.value, str)
+    )

@@ -1,4 +1,7 @@
-"""Plain data into frozen dataclasses, checked on the way: unknown keys, missing keys and wrong types are errors."""
+"""Plain data into frozen dataclasses, checked on the way: unknown keys, missing keys and wrong types are errors.
+
+And back: `asdict`, or `without_none` for records that leave out what there is not.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ Record = TypeVar("Record")
 def from_plain(kind: type[Record], data: Any, where: str) -> Record:
     """A `kind` made of `data` as JSON or TOML give it; `where` locates it in errors.
 
-    Fields may be plain types, literals, dataclasses, tuples of either, dicts, or unions with None.
+    Fields may be plain types, literals, dataclasses, tuples of either, dicts, or unions; of a union's kinds, the first
+    that the value is of.
     """
     if not isinstance(data, dict):
         raise ArtifactError(f"{where}: expected an object, found {type(data).__name__}")
@@ -33,6 +37,11 @@ def from_plain(kind: type[Record], data: Any, where: str) -> Record:
     return kind(**values)
 
 
+def without_none(record: Any) -> dict[str, Any]:
+    """A record as plain data, without the fields that are None."""
+    return {key: value for key, value in dataclasses.asdict(record).items() if value is not None}
+
+
 @functools.cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
     """Types of the fields, looked up once for each kind: a map has hundreds of the same."""
@@ -46,7 +55,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _value(next(argument for argument in arguments if argument is not type(None)), value, where)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        return _value(next((kind for kind in kinds if type(value) is kind), kinds[0]), value, where)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             raise ArtifactError(f"{where} is {value!r}: expected one of {', '.join(map(str, arguments))}")

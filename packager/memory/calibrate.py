@@ -1,7 +1,7 @@
 """The memory model's coefficients, measured on this machine: made-up models run in fresh processes, the fit, and how
 well it predicts processes that it has not seen.
 
-The shapes are chosen so that each coefficient shows in some of them and not in others: many nodes, wide activations,
+The models are chosen so that each coefficient shows in some of them and not in others: many nodes, wide activations,
 large and small blocks, a large vocabulary with and without a large tokenizer.
 """
 
@@ -27,7 +27,14 @@ from packager.errors import RuntimeCheckError, UsageError
 from packager.forms.registry import has_kernels, parse_form
 from packager.io.leftovers import scratch_folder
 from packager.memory.fit import Finding, Held, Reading, fit
-from packager.memory.synthetic import Case, Sample, make_config, make_sample, workload, write_sample
+from packager.memory.synthetic import (
+    ProcessSettings,
+    SyntheticModel,
+    make_config,
+    make_synthetic,
+    workload,
+    write_synthetic,
+)
 from packager.profile import DeviceProfile, MemoryCoefficients
 from packager.progress import Progress
 from packager.runtime.device_check import memory
@@ -39,7 +46,7 @@ _FAULT_DISTANCE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class ProcessToMeasure:
     """One process: linear units in `form`, embedding and head in `head`."""
 
     form: str
@@ -50,12 +57,13 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """Runs of one made-up model. `tokens` is the size of its tokenizer, 0 for one as large as the vocabulary."""
+class ModelToMeasure:
+    """Processes of one made-up model. `tokenizer_tokens` is the size of its tokenizer, 0 for one as large as the
+    vocabulary."""
 
     config: Mapping[str, Any]
-    runs: tuple[Run, ...]
-    tokens: int = 0
+    processes: tuple[ProcessToMeasure, ...]
+    tokenizer_tokens: int = 0
 
 
 def _llama(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
@@ -72,58 +80,58 @@ def _llama(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: in
     }
 
 
-def _run(form: str, head: str, context: int, prompt: int, chunk: int) -> Run:
-    return Run(form=form, head=head, context_tokens=context, prompt_tokens=prompt, chunk_tokens=chunk)
+def _process(form: str, head: str, context: int, prompt: int, chunk: int) -> ProcessToMeasure:
+    return ProcessToMeasure(form=form, head=head, context_tokens=context, prompt_tokens=prompt, chunk_tokens=chunk)
 
 
-FITTED: dict[str, Shape] = {
-    "deep": Shape(
+FITTED: dict[str, ModelToMeasure] = {
+    "deep": ModelToMeasure(
         config=_llama(256, 24, 512, 4, 2, 8_192),
-        runs=(
-            _run("q4g32", "q4g32", 256, 200, 32),
-            _run("f32", "f32", 512, 480, 32),
-            _run("q8g32", "q8g32", 1024, 900, 128),
+        processes=(
+            _process("q4g32", "q4g32", 256, 200, 32),
+            _process("f32", "f32", 512, 480, 32),
+            _process("q8g32", "q8g32", 1024, 900, 128),
         ),
     ),
-    "wide": Shape(
+    "wide": ModelToMeasure(
         config=_llama(1024, 2, 4096, 16, 4, 8_192),
-        runs=(
-            _run("q4g16", "q4g16", 512, 480, 16),
-            _run("q4g256", "q4g256", 512, 480, 512),
-            _run("q8g32", "q8g32", 1024, 900, 128),
-            _run("q2g64", "q8g128", 512, 480, 256),
-            _run("f32", "f32", 256, 16, 16),
+        processes=(
+            _process("q4g16", "q4g16", 512, 480, 16),
+            _process("q4g256", "q4g256", 512, 480, 512),
+            _process("q8g32", "q8g32", 1024, 900, 128),
+            _process("q2g64", "q8g128", 512, 480, 256),
+            _process("f32", "f32", 256, 16, 16),
         ),
     ),
-    "many words": Shape(
+    "many words": ModelToMeasure(
         config=_llama(256, 16, 512, 4, 4, 98_304),
-        runs=(
-            _run("q4g64", "q4g64", 1024, 900, 128),
-            _run("q4g64", "q4g64", 2048, 1000, 32),
-            _run("q4g64", "q8g64", 64, 16, 16),
-            _run("f32", "f32", 256, 16, 16),
+        processes=(
+            _process("q4g64", "q4g64", 1024, 900, 128),
+            _process("q4g64", "q4g64", 2048, 1000, 32),
+            _process("q4g64", "q8g64", 64, 16, 16),
+            _process("f32", "f32", 256, 16, 16),
         ),
     ),
-    "many logits": Shape(
+    "many logits": ModelToMeasure(
         config=_llama(256, 4, 512, 4, 4, 98_304),
-        runs=(
-            _run("q4g64", "q4g64", 1024, 900, 128),
-            _run("q4g64", "q4g64", 2048, 16, 16),
-            _run("q8g32", "q8g32", 512, 480, 512),
+        processes=(
+            _process("q4g64", "q4g64", 1024, 900, 128),
+            _process("q4g64", "q4g64", 2048, 16, 16),
+            _process("q8g32", "q8g32", 512, 480, 512),
         ),
-        tokens=8_192,
+        tokenizer_tokens=8_192,
     ),
 }
 """What the coefficients are fitted on."""
 
-HELD_OUT: dict[str, Shape] = {
-    "held out": Shape(
+HELD_OUT: dict[str, ModelToMeasure] = {
+    "held out": ModelToMeasure(
         config=_llama(512, 8, 1536, 8, 4, 32_000) | {"model_type": "qwen3", "tie_word_embeddings": True},
-        runs=(
-            _run("q4g64z", "q8g64", 1024, 992, 128),
-            _run("q8g128", "q8g128", 512, 480, 64),
-            _run("q2g64", "q8g64", 2048, 1000, 128),
-            _run("f32", "f32", 256, 16, 16),
+        processes=(
+            _process("q4g64z", "q8g64", 1024, 992, 128),
+            _process("q8g128", "q8g128", 512, 480, 64),
+            _process("q2g64", "q8g64", 2048, 1000, 128),
+            _process("f32", "f32", 256, 16, 16),
         ),
     ),
 }
@@ -142,8 +150,8 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """What was measured. `failed` says of each run that did not end well how it ended."""
+class MeasuredCoefficients:
+    """What was measured. `failed` says of each process that did not end well how it ended."""
 
     coefficients: MemoryCoefficients
     findings: tuple[Finding, ...]
@@ -170,9 +178,9 @@ def calibrate(
     folder: Path,
     progress: Progress,
     *,
-    fitted: Mapping[str, Shape] = FITTED,
-    held_out: Mapping[str, Shape] = HELD_OUT,
-) -> Calibration:
+    fitted: Mapping[str, ModelToMeasure] = FITTED,
+    held_out: Mapping[str, ModelToMeasure] = HELD_OUT,
+) -> MeasuredCoefficients:
     """Measure on this machine what `profile`'s runtime settings take; `folder` holds the models meanwhile.
 
     Raises UsageError for a profile of another provider than the CPU or with too few kernels for a fit,
@@ -185,7 +193,7 @@ def calibrate(
         )
     if "anonymous_bytes" not in memory():
         raise RuntimeCheckError("this system has no /proc/self/status: the memory of a process cannot be measured here")
-    possible = sum(_case(profile, run) is not None for shape in fitted.values() for run in shape.runs)
+    possible = sum(_settings(profile, process) is not None for model in fitted.values() for process in model.processes)
     if possible < _LEAST_READINGS:
         raise UsageError(
             f"profile {profile.name} has kernels for {possible} of the {_count(fitted)} runs that coefficients are "
@@ -218,30 +226,39 @@ def calibrate(
         )
         for name, reading in _measure(profile, held_out, folder, "measuring others to compare", progress, failed)
     ]
-    return Calibration(coefficients=coefficients, findings=findings, trials=tuple(trials), failed=tuple(failed))
+    return MeasuredCoefficients(
+        coefficients=coefficients, findings=findings, trials=tuple(trials), failed=tuple(failed)
+    )
 
 
-def _count(shapes: Mapping[str, Shape]) -> int:
-    return sum(len(shape.runs) for shape in shapes.values())
+def _count(models: Mapping[str, ModelToMeasure]) -> int:
+    return sum(len(model.processes) for model in models.values())
 
 
 def _measure(
-    profile: DeviceProfile, shapes: Mapping[str, Shape], folder: Path, phase: str, progress: Progress, failed: list[str]
+    profile: DeviceProfile,
+    models: Mapping[str, ModelToMeasure],
+    folder: Path,
+    phase: str,
+    progress: Progress,
+    failed: list[str],
 ) -> list[tuple[str, Reading]]:
-    """(name, reading) of every run that the device has kernels for and that ended well."""
-    progress.phase(phase, _count(shapes))
+    """(name, reading) of every process that the device has kernels for and that ended well."""
+    progress.phase(phase, _count(models))
     readings = []
-    for name, shape in shapes.items():
+    for name, model in models.items():
         with scratch_folder(folder) as scratch:
-            sample = make_sample(name, make_config(dict(shape.config)), scratch / "graph", tokens=shape.tokens)
-            for run in shape.runs:
+            synthetic = make_synthetic(
+                name, make_config(dict(model.config)), scratch / "graph", tokens=model.tokenizer_tokens
+            )
+            for process in model.processes:
                 title = (
-                    f"{name}, {run.form} with {run.head}, context {run.context_tokens}, prompt "
-                    f"{run.prompt_tokens}, chunk {run.chunk_tokens}"
+                    f"{name}, {process.form} with {process.head}, context {process.context_tokens}, prompt "
+                    f"{process.prompt_tokens}, chunk {process.chunk_tokens}"
                 )
-                case = _case(profile, run)
-                if case is not None:
-                    found = read_process(sample, case, scratch / "bundle")
+                settings = _settings(profile, process)
+                if settings is not None:
+                    found = read_process(synthetic, settings, scratch / "bundle")
                     if isinstance(found, Reading):
                         readings.append((title, found))
                     else:
@@ -250,25 +267,25 @@ def _measure(
     return readings
 
 
-def _case(profile: DeviceProfile, run: Run) -> Case | None:
-    """The run on this device, None where it lacks the kernels."""
-    forms = [parse_form(run.form), parse_form(run.head)]
+def _settings(profile: DeviceProfile, process: ProcessToMeasure) -> ProcessSettings | None:
+    """The process on this device, None where it lacks the kernels."""
+    forms = [parse_form(process.form), parse_form(process.head)]
     if not all(has_kernels(form, profile.bits) for form in forms):
         return None
-    return Case(
+    return ProcessSettings(
         form=forms[0],
         head=forms[1],
-        context_tokens=run.context_tokens,
-        prompt_tokens=run.prompt_tokens,
-        chunk_tokens=run.chunk_tokens,
+        context_tokens=process.context_tokens,
+        prompt_tokens=process.prompt_tokens,
+        chunk_tokens=process.chunk_tokens,
         accuracy_level=profile.accuracy_level,
         threads=profile.threads,
     )
 
 
-def read_process(sample: Sample, case: Case, bundle: Path) -> Reading | str:
-    """Run the sample in a fresh process, written to `bundle` for as long as that takes; or how the process failed."""
-    write_sample(sample, case, bundle)
+def read_process(model: SyntheticModel, settings: ProcessSettings, bundle: Path) -> Reading | str:
+    """Run the model in a fresh process, written to `bundle` for as long as that takes; or how the process failed."""
+    write_synthetic(model, settings, bundle)
     # -P keeps the working folder off sys.path, so that the child imports what a device's own script would.
     done = run_limited(
         [sys.executable, "-P", "-m", "packager.runtime.memory_probe", str(bundle)], None, timeout_seconds=300
@@ -277,8 +294,8 @@ def read_process(sample: Sample, case: Case, bundle: Path) -> Reading | str:
     if done.returncode:
         return done.ending
     found = json.loads(done.stdout.splitlines()[-1])
-    steps = {name: Held(**held) for name, held in found["steps"].items()}
-    return Reading(workload=workload(sample, case), tokenizer_heap_bytes=found["tokenizer_heap_bytes"], **steps)
+    held = {name: Held(**step) for name, step in found["steps"].items()}
+    return Reading(workload=workload(model, settings), tokenizer_heap_bytes=found["tokenizer_heap_bytes"], **held)
 
 
 def _fault_bytes(folder: Path) -> int | None:

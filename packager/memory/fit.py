@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packager.forms.kinds import Kind
-from packager.forms.registry import FloatForm, Form, form_bytes
+from packager.forms.registry import Form, form_bytes
 from packager.memory.geometry import Geometry
 from packager.memory.model import (
     MemoryEstimate,
@@ -157,54 +157,68 @@ def fit(
 ) -> tuple[MemoryCoefficients, tuple[Finding, ...]]:
     """The coefficients that the readings tell, the rest as in `base`, and what became of each. `fault_bytes` was
     measured apart."""
-    findings: dict[str, Finding] = {}
-    found = base
+    findings = _touching(fault_bytes, base)
+    found = _taken(base, findings)
+    for phase in (_loading, _tokenizer_in_use, _tokenizer_freed, _running, _peaks):
+        new = phase(readings, found, base)
+        found = _taken(found, new)
+        findings |= new
+    findings |= {name: _keep(name, base, why) for name, why in NOT_OF_THE_DEVICE.items()}
+    return found, tuple(findings[field.name] for field in dataclasses.fields(base) if field.name in findings)
 
-    def take(new: Mapping[str, Finding]) -> None:
-        nonlocal found
-        findings.update(new)
-        whole = {name for name in new if isinstance(getattr(base, name), int)}
-        taken: dict[str, Any] = {
-            name: round(item.value, None if name in whole else 3) for name, item in new.items() if not item.kept
-        }
-        found = dataclasses.replace(found, **taken)
 
-    def column(values: Sequence[float]) -> NDArray[np.float64]:
-        return np.array(values, np.float64)
+def _taken(found: MemoryCoefficients, new: Mapping[str, Finding]) -> MemoryCoefficients:
+    """`found` with what is believed of `new`, rounded as a profile writes it."""
+    taken: dict[str, Any] = {
+        name: round(item.value, None if isinstance(getattr(found, name), int) else 3)
+        for name, item in new.items()
+        if not item.kept
+    }
+    return dataclasses.replace(found, **taken)
 
+
+def _touching(fault_bytes: int | None, base: MemoryCoefficients) -> dict[str, Finding]:
+    """What one touch of a mapped file makes resident."""
+    name = "fault_bytes"
+    if fault_bytes is None:
+        return {name: _keep(name, base, "this system does not tell")}
+    return {name: _believed(Finding(name=name, value=fault_bytes, default=base.fault_bytes), base)}
+
+
+def _loading(readings: Sequence[Reading], found: MemoryCoefficients, base: MemoryCoefficients) -> dict[str, Finding]:
+    """What loading added to the heap beside codes and floats: of every node, and of every scale."""
     heap = [
-        item.load.anonymous_bytes - item.start.anonymous_bytes - _packed_bytes(item.workload, _zero(base))
-        for item in readings
+        item.load.anonymous_bytes - item.start.anonymous_bytes - _packed_bytes(item.workload, 0.0) for item in readings
     ]
-    scales = [
-        _packed_bytes(item.workload, dataclasses.replace(_zero(base), packed_scale_copies=1.0))
-        - _packed_bytes(item.workload, _zero(base))
-        for item in readings
-    ]
-    nodes = column([graph_nodes(item.workload.geometry) for item in readings])
-    take(
-        _solve(
-            {"session_bytes_per_node": nodes, "packed_scale_copies": column(scales)}, column(heap), base, intercept=True
-        )
-    )
+    scales = [_packed_bytes(item.workload, 1.0) - _packed_bytes(item.workload, 0.0) for item in readings]
+    columns = {
+        "session_bytes_per_node": _column([graph_nodes(item.workload.geometry) for item in readings]),
+        "packed_scale_copies": _column(scales),
+    }
+    return _solve(columns, _column(heap), base, intercept=True)
 
+
+def _tokenizer_in_use(
+    readings: Sequence[Reading], found: MemoryCoefficients, base: MemoryCoefficients
+) -> dict[str, Finding]:
+    """What malloc gave out for the tokenizer, where it says."""
     known = [item for item in readings if item.tokenizer_heap_bytes is not None]
-    entries = column([item.workload.geometry.tokenizer_entries for item in known])
-    take(
-        _solve(
-            {"tokenizer_live_bytes_per_entry": entries},
-            column([item.tokenizer_heap_bytes or 0 for item in known]),
-            base,
-            intercept=True,
-        )
-    )
-    entries = column([item.workload.geometry.tokenizer_entries for item in readings])
-    kept = (
-        column([item.tokenizer.anonymous_bytes - item.load.anonymous_bytes for item in readings])
-        - entries * found.tokenizer_live_bytes_per_entry
-    )
-    take(_solve({"tokenizer_freed_bytes_per_entry": entries}, kept, base, intercept=True))
+    live = _column([item.tokenizer_heap_bytes or 0 for item in known])
+    return _solve({"tokenizer_live_bytes_per_entry": _entries(known)}, live, base, intercept=True)
 
+
+def _tokenizer_freed(
+    readings: Sequence[Reading], found: MemoryCoefficients, base: MemoryCoefficients
+) -> dict[str, Finding]:
+    """What the heap grew by besides, while the tokenizer was read."""
+    grown = _column([item.tokenizer.anonymous_bytes - item.load.anonymous_bytes for item in readings])
+    entries = _entries(readings)
+    freed = grown - entries * found.tokenizer_live_bytes_per_entry
+    return _solve({"tokenizer_freed_bytes_per_entry": entries}, freed, base, intercept=True)
+
+
+def _running(readings: Sequence[Reading], found: MemoryCoefficients, base: MemoryCoefficients) -> dict[str, Finding]:
+    """What running added to the heap beside the key/value cache."""
     # Where less is asked for than was freed, how much of it is reused cannot be seen.
     asking = [item for item in readings if _run_bytes(item.workload, found) > _freed_bytes(item.workload, found)]
     units = {
@@ -213,23 +227,22 @@ def fit(
         "run_bytes": dataclasses.replace(_zero(base), run_bytes=1),
     }
     columns = {
-        name: column([activation_bytes(item.workload.geometry, item.workload.rows, unit) for item in asking])
+        name: _column([activation_bytes(item.workload.geometry, item.workload.rows, unit) for item in asking])
         for name, unit in units.items()
     }
-    columns["reuse_ratio"] = -column([_freed_bytes(item.workload, found) for item in asking])
+    columns["reuse_ratio"] = -_column([_freed_bytes(item.workload, found) for item in asking])
     grown = [
         item.end.anonymous_bytes - item.tokenizer.anonymous_bytes - _context_bytes(item.workload, found)
         for item in asking
     ]
-    running = _solve(columns, column(grown), base, intercept=False)
+    running = _solve(columns, _column(grown), base, intercept=False)
     # Alignment can make it look like more than all.
     reuse = running["reuse_ratio"]
-    take(running | {"reuse_ratio": dataclasses.replace(reuse, value=min(1.0, reuse.value))})
+    return running | {"reuse_ratio": dataclasses.replace(reuse, value=min(1.0, reuse.value))}
 
-    if fault_bytes is None:
-        take({"fault_bytes": _keep("fault_bytes", base, "this system does not tell")})
-    else:
-        take({"fault_bytes": _believed(Finding(name="fault_bytes", value=fault_bytes, default=base.fault_bytes), base)})
+
+def _peaks(readings: Sequence[Reading], found: MemoryCoefficients, base: MemoryCoefficients) -> dict[str, Finding]:
+    """What is left of the peaks when all that is known is taken off: the process itself, loading and running."""
     rest = dataclasses.replace(found, process_load_bytes=0, process_bytes=0)
     phases = [{phase.name: phase.bytes for phase in item.workload.estimate(rest).phases} for item in readings]
     loads = [item.load.peak_bytes - phase["load"] for item, phase in zip(readings, phases, strict=True)]
@@ -239,11 +252,17 @@ def fit(
         for item, phase in zip(readings, phases, strict=True)
         if item.end.peak_bytes > item.load.peak_bytes
     ]
-    take(
-        {name: _upper(name, values, base) for name, values in (("process_load_bytes", loads), ("process_bytes", runs))}
-    )
-    take({name: _keep(name, base, why) for name, why in NOT_OF_THE_DEVICE.items()})
-    return found, tuple(findings[field.name] for field in dataclasses.fields(base) if field.name in findings)
+    return {
+        name: _upper(name, values, base) for name, values in (("process_load_bytes", loads), ("process_bytes", runs))
+    }
+
+
+def _column(values: Sequence[float]) -> NDArray[np.float64]:
+    return np.array(values, np.float64)
+
+
+def _entries(readings: Sequence[Reading]) -> NDArray[np.float64]:
+    return _column([item.workload.geometry.tokenizer_entries for item in readings])
 
 
 def _solve(
@@ -333,17 +352,11 @@ def _zero(base: MemoryCoefficients) -> MemoryCoefficients:
     )
 
 
-def _packed_bytes(workload: Workload, coefficients: MemoryCoefficients) -> int:
-    """Heap that the multiplied weights take: all of them, less what stays mapped of the file."""
-    total = 0
-    for unit in workload.units:
-        if unit.kind != "embedding":
-            total += resident_bytes(unit.form, unit.rows, unit.cols, kind="head", coefficients=coefficients)
-            if not isinstance(unit.form, FloatForm):
-                total -= sum(
-                    spec.bytes for name, spec in unit.form.tensors(unit.rows, unit.cols).items() if name != "codes"
-                )
-    return total
+def _packed_bytes(workload: Workload, scale_copies: float) -> int:
+    """Heap that the multiplied weights take; `scale_copies` as for `heap_bytes`."""
+    return sum(
+        unit.form.heap_bytes(unit.rows, unit.cols, scale_copies) for unit in workload.units if unit.kind != "embedding"
+    )
 
 
 def _freed_bytes(workload: Workload, coefficients: MemoryCoefficients) -> int:

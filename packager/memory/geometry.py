@@ -21,7 +21,9 @@ class Geometry:
     `nodes` counts the nodes of the exported graph, `tokenizer_bytes` is the size of tokenizer.json. `tokenizer_entries`
     counts its tokens and merges; 0 estimates it from the size, which holds for a file that transformers indented.
     Of `layers`, `sliding_layers` keep only the last `sliding_window` tokens. `cache_element_bytes` is 1 where the cache
-    holds 8-bit codes; 0 where it holds the runtime's floats, whose width the coefficients know.
+    holds 8-bit codes; 0 where it holds the runtime's floats, whose width the coefficients know. In a context beyond
+    `whole_prompt_tokens` a prompt must be prefilled in one piece, for its later tokens change what its first ones are
+    (longrope); 0 where any piece will do.
     """
 
     layers: int
@@ -37,10 +39,19 @@ class Geometry:
     sliding_window: int = 0
     sliding_layers: int = 0
     cache_element_bytes: int = 0
+    whole_prompt_tokens: int = 0
+
+    def chunk_tokens(self, wanted: int, context_tokens: int) -> int:
+        """The largest piece of a prompt in a context: as `wanted`, or the whole of it where it must not be cut."""
+        whole = 0 < self.whole_prompt_tokens < context_tokens
+        return context_tokens if whole else wanted
 
 
-def read_geometry(config: PretrainedConfig, *, nodes: int, tokenizer: Path, genai: Mapping[str, Any]) -> Geometry:
-    """Geometry of a decoder; `nodes` of its exported graph, its tokenizer.json, the exporter's genai_config.json.
+def read_geometry(
+    config: PretrainedConfig, *, nodes: int, tokenizer: Path, genai: Mapping[str, Any], whole_prompt_tokens: int = 0
+) -> Geometry:
+    """Geometry of a decoder; `nodes` of its exported graph, its tokenizer.json, the exporter's genai_config.json, and
+    the context beyond which a prompt is one piece, if there is one.
 
     optimum knows the attribute names of each architecture; where it does not know the architecture, the plain names
     are tried. Raises UnsupportedModelError naming what is missing.
@@ -77,6 +88,7 @@ def read_geometry(config: PretrainedConfig, *, nodes: int, tokenizer: Path, gena
         tokenizer_bytes=tokenizer.stat().st_size,
         tokenizer_entries=tokenizer_entries(read_json(tokenizer)),
         sliding_window=int(sliding.get("window_size", 0)),
+        whole_prompt_tokens=whole_prompt_tokens,
         sliding_layers=len(sliding.get("layers", [])),
     )
 

@@ -5,7 +5,7 @@ of a fresh process that loads the model and its tokenizer, prefills a prompt in 
 
     load     process, not yet run + nodes + weights multiplied + the largest unit again, mapped while it is repacked
     prefill  process + nodes + weights + tokenizer, live and freed + KV cache + activations of one chunk
-             + one layer's past in floats, where the cache holds codes
+             + one layer's key/value cache, dequantised, where the cache holds codes
              - what the cache and the activations find free where the tokenizer was parsed
     decode   as prefill, for the allocators give nothing back: what the chunk's activations held is slack
 
@@ -19,22 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from packager.errors import ArtifactError
+from packager.forms.base import TableForm, TensorSpec
 from packager.forms.kinds import KINDS, Kind
-from packager.forms.registry import (
-    BlockForm,
-    FloatForm,
-    Form,
-    LowRankForm,
-    PivotForm,
-    SplitForm,
-    TensorSpec,
-    form_bytes,
-)
+from packager.forms.registry import Form
 from packager.memory.geometry import Geometry
 from packager.profile import MemoryCoefficients
 
 _FLOAT = 4
-_LANES_2BIT = 4
 # What `graph.prefill` adds to a layer over a cache of codes, and what it holds of the past of the one layer at work.
 _BRANCH_NODES = 16
 _WIDENED_BYTES = 10
@@ -103,10 +94,11 @@ def resident_bytes(
     """
     if kind not in KINDS:
         raise ArtifactError(f"kind {kind!r} is unknown: expected one of {', '.join(KINDS)}")
-    multiplied = 0 if kind == "embedding" else _multiplied_bytes(form, rows, cols, coefficients)
-    return multiplied + looked_up_bytes(
-        form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=context_tokens
-    )
+    looked_up = looked_up_bytes(form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=context_tokens)
+    if kind == "embedding":
+        return looked_up
+    repacked = form.heap_bytes(rows, cols, coefficients.packed_scale_copies)
+    return repacked + form.mapped_bytes(rows, cols) + looked_up
 
 
 def looked_up_bytes(
@@ -115,7 +107,7 @@ def looked_up_bytes(
     """The part of `resident_bytes` that is only touched as tokens come, not while the model loads."""
     if kind not in ("embedding", "tied"):
         return 0
-    if isinstance(form, LowRankForm | PivotForm):
+    if not isinstance(form, TableForm):
         raise ArtifactError(f"form {form.label!r}: an embedding cannot be stored in factors")
     return sum(_touched_bytes(spec, context_tokens, coefficients) for spec in form.tensors(rows, cols).values())
 
@@ -137,12 +129,14 @@ def estimate(
     unit that is multiplied, `looked_up_bytes` the part of `weights_bytes` that loading does not touch. The cache of all
     `context_tokens` is written when a generator is created, however short the prompt.
     """
-    session = MemoryItem(name="session", bytes=graph_nodes(geometry) * coefficients.session_bytes_per_node)
+    session = MemoryItem(
+        name="runtime session (graph nodes)", bytes=graph_nodes(geometry) * coefficients.session_bytes_per_node
+    )
     load = (
-        MemoryItem(name="process", bytes=coefficients.process_load_bytes),
+        MemoryItem(name="Python and the runtime libraries", bytes=coefficients.process_load_bytes),
         session,
         MemoryItem(name="weights", bytes=weights_bytes - looked_up_bytes),
-        MemoryItem(name="unit being repacked", bytes=largest_unit_bytes),
+        MemoryItem(name="largest matrix, while it is repacked", bytes=largest_unit_bytes),
     )
     entries = geometry.tokenizer_entries or geometry.tokenizer_bytes // coefficients.tokenizer_file_bytes_per_entry
     live, freed = (
@@ -156,15 +150,15 @@ def estimate(
     widened = widened_bytes(geometry, chunk, prompt_tokens)
     reused = min(cache + prefill + widened, int(freed * coefficients.reuse_ratio))
     common = (
-        MemoryItem(name="process", bytes=coefficients.process_bytes),
+        MemoryItem(name="Python and the runtime libraries", bytes=coefficients.process_bytes),
         session,
         MemoryItem(name="weights", bytes=weights_bytes),
         MemoryItem(name="tokenizer", bytes=live),
-        MemoryItem(name="heap freed by the tokenizer", bytes=freed - reused),
-        MemoryItem(name="kv cache", bytes=cache),
-        MemoryItem(name="rotary tables", bytes=context_tokens * geometry.head_dim * _FLOAT),
+        MemoryItem(name="freed tokenizer memory, not reused", bytes=freed - reused),
+        MemoryItem(name="key/value cache", bytes=cache),
+        MemoryItem(name="rotary embedding tables", bytes=context_tokens * geometry.head_dim * _FLOAT),
     )
-    past = (MemoryItem(name="one layer's past in floats", bytes=widened),) if widened else ()
+    past = (MemoryItem(name="one layer's key/value cache, dequantised", bytes=widened),) if widened else ()
     return MemoryEstimate(
         phases=(
             MemoryPhase(name="load", items=load),
@@ -176,7 +170,9 @@ def estimate(
                 items=(
                     *common,
                     MemoryItem(name="activations and logits", bytes=decode),
-                    MemoryItem(name="arena slack", bytes=max(0, prefill + widened - decode)),
+                    MemoryItem(
+                        name="memory that the runtime's allocator keeps", bytes=max(0, prefill + widened - decode)
+                    ),
                 ),
             ),
         )
@@ -227,38 +223,6 @@ def activation_bytes(geometry: Geometry, rows: int, coefficients: MemoryCoeffici
 
 def _branched_layers(geometry: Geometry) -> int:
     return geometry.layers - geometry.sliding_layers if geometry.cache_element_bytes == 1 else 0
-
-
-def _multiplied_bytes(form: Form, rows: int, cols: int, coefficients: MemoryCoefficients) -> int:
-    """Codes and scales in the kernel's order, block sums, and the file's scales and zero points, which stay mapped."""
-    match form:
-        case FloatForm():
-            return form_bytes(form, rows, cols)
-        case BlockForm():
-            stored = form.tensors(rows, cols)
-            # The 2-bit kernel takes four blocks at a time: it pads K further than the file does.
-            lanes = _LANES_2BIT if form.bits == 2 else 1
-            packed = form.tensors(rows, -(-form.blocks(cols) // lanes) * lanes * form.block)
-            mapped = sum(spec.bytes for name, spec in stored.items() if name != "codes")
-            return mapped + packed["codes"].bytes + int(packed["scales"].bytes * coefficients.packed_scale_copies)
-        case SplitForm(high=high, low=low):
-            shared = form.tensors(rows, cols)["scales"].bytes
-            return (
-                _multiplied_bytes(high, rows, cols, coefficients)
-                + _multiplied_bytes(low, rows, cols, coefficients)
-                - shared
-            )
-        case LowRankForm(rank=rank, factors=factors):
-            return _multiplied_bytes(factors, rank, cols, coefficients) + _multiplied_bytes(
-                factors, rows, rank, coefficients
-            )
-        case PivotForm(rank=rank, factors=factors):
-            order = form.tensors(rows, cols)["order"].bytes
-            return (
-                _multiplied_bytes(factors, rank, cols, coefficients)
-                + _multiplied_bytes(factors, rows - rank, rank, coefficients)
-                + order
-            )
 
 
 def _touched_bytes(table: TensorSpec, tokens: int | None, coefficients: MemoryCoefficients) -> int:

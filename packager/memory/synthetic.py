@@ -18,21 +18,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form
-from packager.graph.names import EMBEDDING, HEAD
-from packager.graph.skeleton import GENAI_FILE, GRAPH_FILE, Matrix, export_skeleton
+from packager.graph.names import EMBEDDING, GENAI_FILE, GRAPH_FILE, HEAD
+from packager.graph.skeleton import Matrix, export_skeleton
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.files import read_json
 from packager.io.safetensors_ranges import Region
 from packager.memory.fit import Workload, WorkUnit
 from packager.memory.geometry import Geometry, read_geometry
 from packager.profile import FLOAT, INT8
+from packager.runtime.genai_config import GenaiBounds, bounded_config
 from packager.runtime.memory_probe import NEW_TOKENS, PROMPT_FILE
 
+_GRAPH_FILE = "model.onnx"
 _STEP = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class SyntheticModel:
     """A model without weights: its exported graph in `folder`, the matrices that it awaits, and a tokenizer."""
 
     name: str
@@ -43,8 +45,8 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """How a sample is run: linear units in form `form`, embedding and head in `head`, a `cache` of floats or of int8
+class ProcessSettings:
+    """How a model is run: linear units in form `form`, embedding and head in `head`, a `kv_cache` of floats or of int8
     codes. `threads` 0 leaves them to the runtime."""
 
     form: Form
@@ -54,7 +56,7 @@ class Case:
     chunk_tokens: int
     accuracy_level: int = 4
     threads: int = 0
-    cache: str = FLOAT
+    kv_cache: str = FLOAT
 
 
 def make_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -63,9 +65,9 @@ def make_config(values: dict[str, Any]) -> PretrainedConfig:
     return config
 
 
-def make_sample(
+def make_synthetic(
     name: str, config: PretrainedConfig, folder: Path, *, tokenizer: Path | None = None, tokens: int = 0
-) -> Sample:
+) -> SyntheticModel:
     """The graph of `config` and a tokenizer: the file `tokenizer`, or one of `tokens` made-up tokens (0: the
     vocabulary's)."""
     with torch.device("meta"):
@@ -85,38 +87,38 @@ def make_sample(
     geometry = read_geometry(
         config, nodes=nodes, tokenizer=folder / "tokenizer.json", genai=read_json(folder / GENAI_FILE)
     )
-    return Sample(
+    return SyntheticModel(
         name=name, folder=folder, matrices=tuple(matrices), tied=bool(config.tie_word_embeddings), geometry=geometry
     )
 
 
-def workload(sample: Sample, case: Case) -> Workload:
-    """What the memory model has to know of the sample's process; a tied embedding and head are one unit."""
-    kinds: dict[str, Kind] = {EMBEDDING: "embedding", HEAD: "tied" if sample.tied else "head"}
-    kept = [matrix for matrix in sample.matrices if not (sample.tied and matrix.name == EMBEDDING)]
+def workload(model: SyntheticModel, settings: ProcessSettings) -> Workload:
+    """What the memory model has to know of the model's process; a tied embedding and head are one unit."""
+    kinds: dict[str, Kind] = {EMBEDDING: "embedding", HEAD: "tied" if model.tied else "head"}
+    kept = [matrix for matrix in model.matrices if not (model.tied and matrix.name == EMBEDDING)]
     return Workload(
-        geometry=replace(sample.geometry, cache_element_bytes=1 if case.cache == INT8 else 0),
+        geometry=replace(model.geometry, cache_element_bytes=1 if settings.kv_cache == INT8 else 0),
         units=tuple(
             WorkUnit(
                 name=m.name,
                 rows=m.rows,
                 cols=m.cols,
-                form=case.head if m.name in kinds else case.form,
+                form=settings.head if m.name in kinds else settings.form,
                 kind=kinds.get(m.name, "linear"),
             )
             for m in kept
         ),
-        context_tokens=case.context_tokens,
-        prompt_tokens=case.prompt_tokens,
-        used_tokens=min(case.context_tokens, case.prompt_tokens + NEW_TOKENS),
-        chunk_tokens=case.chunk_tokens,
+        context_tokens=settings.context_tokens,
+        prompt_tokens=settings.prompt_tokens,
+        used_tokens=min(settings.context_tokens, settings.prompt_tokens + NEW_TOKENS),
+        chunk_tokens=settings.chunk_tokens,
     )
 
 
-def write_sample(sample: Sample, case: Case, out: Path) -> None:
-    """A bundle of random weights in the new folder `out`, bounded to the case's context, with a prompt beside it."""
+def write_synthetic(model: SyntheticModel, settings: ProcessSettings, out: Path) -> None:
+    """A bundle of random weights in the new folder `out`, bounded to the settings' context, with a prompt beside it."""
     out.mkdir()
-    units = workload(sample, case).units
+    units = workload(model, settings).units
     pools = {"uint8": out / "codes", "float32": out / "floats"}
     dice = np.random.default_rng(0)
     largest = {
@@ -150,35 +152,34 @@ def write_sample(sample: Sample, case: Case, out: Path) -> None:
                 regions=regions,
             )
         )
-    geometry = sample.geometry
-    step = np.full((geometry.kv_heads, geometry.head_dim), 0.05, np.float32)
-    scales = dict.fromkeys(range(geometry.layers), (step, step)) if case.cache == INT8 else None
-    options = GraphOptions(context_tokens=case.context_tokens, accuracy_level=case.accuracy_level, cache_scales=scales)
-    write_model(sample.folder / GRAPH_FILE, placements, options, out / "model.onnx")
+    geometry = model.geometry
+    scale = np.full((geometry.kv_heads, geometry.head_dim), 0.05, np.float32)
+    scales = dict.fromkeys(range(geometry.layers), (scale, scale)) if settings.kv_cache == INT8 else None
+    options = GraphOptions(
+        context_tokens=settings.context_tokens, accuracy_level=settings.accuracy_level, cache_scales=scales
+    )
+    write_model(model.folder / GRAPH_FILE, placements, options, out / _GRAPH_FILE)
     for pool in pools.values():
         pool.unlink()
-    genai = read_json(sample.folder / GENAI_FILE)
-    genai["model"]["decoder"]["filename"] = "model.onnx"
-    if case.cache == INT8:
-        genai["model"]["decoder"]["session_options"]["enable_mem_pattern"] = False
-    if case.threads:
-        genai["model"]["decoder"]["session_options"]["intra_op_num_threads"] = case.threads
-    genai["model"]["context_length"] = case.context_tokens
-    # min_length: random weights may say stop at once.
-    genai["search"] |= {
-        "max_length": case.context_tokens,
-        "min_length": case.context_tokens,
-        "chunk_size": case.chunk_tokens,
-    }
+    bounds = GenaiBounds(
+        graph_file=_GRAPH_FILE,
+        context_tokens=settings.context_tokens,
+        chunk_tokens=settings.chunk_tokens,
+        kv_cache=settings.kv_cache,
+        threads=settings.threads,
+    )
+    genai = bounded_config(read_json(model.folder / GENAI_FILE), bounds)
+    # Random weights may say stop at once.
+    genai["search"]["min_length"] = settings.context_tokens
     (out / GENAI_FILE).write_text(json.dumps(genai), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(sample.folder / name, out)
+        shutil.copy(model.folder / name, out)
     # Frequent tokens have low ids. This exponent touches as many pages of an embedding as English text and Python code
     # do.
-    weights = (np.arange(sample.geometry.vocab) + 2.7) ** -1.15
+    weights = (np.arange(model.geometry.vocab) + 2.7) ** -1.15
     np.save(
         out / PROMPT_FILE,
-        dice.choice(sample.geometry.vocab, case.prompt_tokens, p=weights / weights.sum()).astype(np.int32),
+        dice.choice(model.geometry.vocab, settings.prompt_tokens, p=weights / weights.sum()).astype(np.int32),
     )
 
 

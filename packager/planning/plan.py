@@ -15,25 +15,35 @@ from typing import Any, Literal, TypeVar
 from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, form_nodes, has_kernels, parse_form
-from packager.io.files import read_json, sha256_file, sha256_json
+from packager.io.files import read_json, sha256_json
 from packager.io.records import from_plain
 from packager.memory.geometry import Geometry
 from packager.memory.model import MemoryEstimate, estimate, looked_up_bytes, resident_bytes
 from packager.planning import contexts, kv_cache_choice
+from packager.planning.predicted_memory import PredictedMemory, predicted_memory
 from packager.planning.shortfall import explain
 from packager.planning.solver import Solution, solve, total_bytes, total_loss
-from packager.profile import AUTO as AUTO_CACHE
-from packager.profile import FLOAT, INT8, DeviceProfile, MemoryCoefficients, load_profile, shipped_profiles
-from packager.scoremap.anchors import Anchor, monotone, predicted_nats
-from packager.scoremap.identity import MapIdentity, read_identity
-from packager.scoremap.model import IDENTITY_FILE, ScoreMap, Unit, read_map, restricted, reweighed
+from packager.profile import (
+    AUTO,
+    FLOAT,
+    INT8,
+    LEAST_CONTEXT_TOKENS,
+    PROMPT_RESERVE,
+    DeviceProfile,
+    MemoryCoefficients,
+    load_profile,
+    shipped_profiles,
+)
+from packager.scoremap.anchors import predicted_nats
+from packager.scoremap.model import ScoreMap, Unit, restricted, reweighed
+from packager.scoremap.opening import OpenedMap
 from packager.sizes import format_size
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"
-PROMPT_RESERVE = 32
-AUTO: Literal["auto"] = "auto"
-"""In place of a context's tokens: let the plan choose them, see `context_frontier`."""
+NO_DEVICE = "laptop-16gb"
+"""The profile that stands where no device is named, as for a curve of file sizes: its graphs run on any CPU, and it
+bounds nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +68,7 @@ class Plan:
     ratio: float
     loss_nats: float
     peak_bytes: int
-    memory: dict[str, Any]
+    memory: PredictedMemory
     cache: str = FLOAT
     cache_nats: float = 0.0
     cache_note: str = ""
@@ -83,48 +93,6 @@ def is_plan(path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedMap:
-    """A score map with its identity, and where it lies; `cache` is the kind of key/value cache that is planned with."""
-
-    folder: Path
-    scoremap: ScoreMap
-    identity: MapIdentity
-    geometry: Geometry
-    anchors: tuple[Anchor, ...]
-    cache: str = FLOAT
-
-    @property
-    def cache_nats(self) -> float:
-        """What the cache adds to the loss."""
-        score = self.identity.int8_cache
-        return score.loss_nats if self.cache == INT8 and score is not None else 0.0
-
-    def with_cache(self, cache: str) -> LoadedMap:
-        """The same map with a cache of that kind."""
-        return replace(
-            self, cache=cache, geometry=replace(self.geometry, cache_element_bytes=1 if cache == INT8 else 0)
-        )
-
-    @property
-    def sha256(self) -> str:
-        """Hash of `map.json`, which names every other file of the map by hash."""
-        return sha256_file(self.folder / IDENTITY_FILE)
-
-
-def load_map(folder: Path) -> LoadedMap:
-    """Open a `.map` folder for planning: the score map and `map.json`, checked; the store is not touched."""
-    scoremap = read_map(folder)
-    identity = read_identity(folder)
-    return LoadedMap(
-        folder=folder,
-        scoremap=scoremap,
-        identity=identity,
-        geometry=identity.geometry,
-        anchors=monotone(identity.anchors),
-    )
-
-
 def profile_hash(profile: DeviceProfile) -> str:
     """Hash of everything a profile says."""
     return sha256_json(asdict(profile))
@@ -136,38 +104,38 @@ def runnable(scoremap: ScoreMap, profile: DeviceProfile) -> ScoreMap:
 
 
 def make_plan(
-    loaded: LoadedMap,
+    opened: OpenedMap,
     profile: DeviceProfile,
     *,
     budget_bytes: int | None = None,
     context_tokens: int | None = None,
     reserve_bytes: int = 0,
 ) -> Plan:
-    """The largest model of `loaded` whose predicted peak, plus `reserve_bytes`, fits the budget on this device.
+    """The largest model of `opened` whose predicted peak, plus `reserve_bytes`, fits the budget on this device.
 
     Raises InfeasibleBudgetError, which says what is missing and what would fit, when even the smallest does not;
     UsageError for a context longer than the model's or a budget above the device's memory.
     """
     budget = profile.budget_bytes if budget_bytes is None else budget_bytes
-    context = bounded_context(loaded, profile, context_tokens)
+    context = bounded_context(opened, profile, context_tokens)
     if budget > profile.memory_bytes:
         raise UsageError(
             f"budget {format_size(budget)} is more than the {format_size(profile.memory_bytes)} that {profile.name} has"
         )
 
     def weigh(unit: Unit, form: Form) -> int:
-        return _weigh(unit, form, loaded.geometry, profile, context)[0]
+        return _weigh(unit, form, opened.geometry, profile, context)[0]
 
-    view = reweighed(runnable(loaded.scoremap, profile), weigh)
-    needed = _estimator(loaded.geometry, view, profile, context)
+    view = reweighed(runnable(opened.scoremap, profile), weigh)
+    needed = _estimator(opened.geometry, view, profile, context)
     solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes <= budget)
     if solution is None:
-        raise _infeasible(loaded, profile, budget, context, reserve_bytes)
-    return _plan(loaded, view, solution, needed(solution.choice), profile, budget, context)
+        raise _infeasible(opened, profile, budget, context, reserve_bytes)
+    return _plan(opened, view, solution, needed(solution.choice), profile, budget, context)
 
 
 def context_frontier(
-    loaded: LoadedMap, profile: DeviceProfile, *, budget_bytes: int | None = None, reserve_bytes: int = 0
+    opened: OpenedMap, profile: DeviceProfile, *, budget_bytes: int | None = None, reserve_bytes: int = 0
 ) -> tuple[Plan, ...]:
     """What the budget can be spent on: plans of ever longer context at ever higher predicted loss, none of them
     dominated.
@@ -176,15 +144,15 @@ def context_frontier(
     longest at which anything fits. Raises as `make_plan` does, for the minimum context.
     """
     budget = profile.budget_bytes if budget_bytes is None else budget_bytes
-    most = loaded.identity.model.max_context_tokens
+    most = opened.identity.model.max_context_tokens
     least = min(profile.minimum_context_tokens, most)
 
     def planned(tokens: int) -> Plan:
-        return make_plan(loaded, profile, budget_bytes=budget, context_tokens=tokens, reserve_bytes=reserve_bytes)
+        return make_plan(opened, profile, budget_bytes=budget, context_tokens=tokens, reserve_bytes=reserve_bytes)
 
     first = planned(least)
     longest = contexts.longest(
-        lambda tokens: smallest_memory(loaded, profile, tokens).peak_bytes + reserve_bytes <= budget, least, most
+        lambda tokens: smallest_memory(opened, profile, tokens).peak_bytes + reserve_bytes <= budget, least, most
     )
     plans = [first, *(planned(tokens) for tokens in contexts.steps(least, longest or least)[1:])]
     return undominated(plans)
@@ -195,18 +163,18 @@ def undominated(plans: Sequence[Plan]) -> tuple[Plan, ...]:
     return tuple(plans[at] for at in contexts.undominated([(plan.context_tokens, plan.loss_nats) for plan in plans]))
 
 
-def smallest_memory(loaded: LoadedMap, profile: DeviceProfile, context: int) -> MemoryEstimate:
-    """What the smallest model of `loaded` needs on this device: every unit in the runnable option of the fewest
+def smallest_memory(opened: OpenedMap, profile: DeviceProfile, context: int) -> MemoryEstimate:
+    """What the smallest model of `opened` needs on this device: every unit in the runnable option of the fewest
     resident bytes."""
     smallest = []
-    for unit, chain in zip(loaded.scoremap.units, runnable(loaded.scoremap, profile).options, strict=True):
+    for unit, chain in zip(opened.scoremap.units, runnable(opened.scoremap, profile).options, strict=True):
         smallest.append(
             min(
-                (_weigh(unit, option.form, loaded.geometry, profile, context) for option in chain),
+                (_weigh(unit, option.form, opened.geometry, profile, context) for option in chain),
                 key=lambda weights: weights[0],
             )
         )
-    return _estimated(loaded.geometry, smallest, profile, context)
+    return _estimated(opened.geometry, smallest, profile, context)
 
 
 Planned = TypeVar("Planned")
@@ -227,43 +195,43 @@ class Request:
         """The profile's context where that is what to build for, else 0."""
         return self.profile.context_tokens if self.context_tokens is None else 0
 
-    def frontier(self, loaded: LoadedMap, reserve_bytes: int = 0) -> tuple[Plan, ...]:
+    def frontier(self, opened: OpenedMap, reserve_bytes: int = 0) -> tuple[Plan, ...]:
         """What there is to choose from where the context is AUTO, with any cache on offer; `plan` takes the first."""
 
-        def planned(view: LoadedMap) -> tuple[Plan, ...]:
+        def planned(view: OpenedMap) -> tuple[Plan, ...]:
             return context_frontier(view, self.profile, budget_bytes=self.budget_bytes, reserve_bytes=reserve_bytes)
 
-        found, _, note = self._tried(loaded, planned)
+        found, _, note = self._tried(opened, planned)
         plans = [replace(plan, cache_note=note) for plan in itertools.chain(*found)]
         return undominated(sorted(plans, key=lambda plan: plan.context_tokens))
 
-    def plan(self, loaded: LoadedMap, reserve_bytes: int = 0) -> Plan:
+    def plan(self, opened: OpenedMap, reserve_bytes: int = 0) -> Plan:
         """The plan for this request; `reserve_bytes` more (or, negative, fewer) than predicted are kept free."""
         context = self.context_tokens
         if context == AUTO:
-            return self.frontier(loaded, reserve_bytes)[0]
+            return self.frontier(opened, reserve_bytes)[0]
 
-        def planned(view: LoadedMap) -> Plan:
+        def planned(view: OpenedMap) -> Plan:
             return make_plan(
                 view, self.profile, budget_bytes=self.budget_bytes, context_tokens=context, reserve_bytes=reserve_bytes
             )
 
-        return chosen(*self._tried(loaded, planned))
+        return chosen(*self._tried(opened, planned))
 
     def _tried(
-        self, loaded: LoadedMap, planned: Callable[[LoadedMap], Planned]
+        self, opened: OpenedMap, planned: Callable[[OpenedMap], Planned]
     ) -> tuple[list[Planned], Sequence[str], str]:
         """What `planned` makes of every cache on offer that fits, the kinds that were tried, and why others were not.
 
         Raises InfeasibleBudgetError, of the cache that needs least, when none fits.
         """
         kinds, note = kv_cache_choice.offered(
-            loaded.identity, self.profile.provider, self.cache or self.profile.kv_cache
+            opened.identity, self.profile.provider, self.cache or self.profile.kv_cache
         )
         found, refused = [], list[InfeasibleBudgetError]()
         for kind in kinds:
             try:
-                found.append(planned(loaded.with_cache(kind)))
+                found.append(planned(opened.with_cache(kind)))
             except InfeasibleBudgetError as error:
                 refused.append(error)
         if not found:
@@ -281,12 +249,12 @@ def chosen(plans: Sequence[Plan], kinds: Sequence[str], note: str = "") -> Plan:
     return replace(best, cache_note="; ".join([note] if note else others))
 
 
-def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
+def plan_file_bytes(opened: OpenedMap, profile: DeviceProfile, weight_bytes: int) -> Plan:
     """The best model of at most `weight_bytes` bytes of weights in the file that the device has kernels for, whatever
     memory it needs."""
-    view = runnable(loaded.scoremap, profile)
+    view = runnable(opened.scoremap, profile)
     solution = solve(view, lambda choice: total_bytes(view, choice) <= weight_bytes)
-    context = bounded_context(loaded, profile, None)
+    context = bounded_context(opened, profile, None)
     if solution is None:
         minimum = sum(chain[-1].bytes for chain in view.options)
         raise InfeasibleBudgetError(
@@ -295,19 +263,19 @@ def plan_file_bytes(loaded: LoadedMap, profile: DeviceProfile, weight_bytes: int
             budget_bytes=weight_bytes,
             minimum_bytes=minimum,
         )
-    memory = _estimator(loaded.geometry, view, profile, context)(solution.choice)
-    return _plan(loaded, view, solution, memory, profile, memory.peak_bytes, context)
+    memory = _estimator(opened.geometry, view, profile, context)(solution.choice)
+    return _plan(opened, view, solution, memory, profile, memory.peak_bytes, context)
 
 
-def bounded_context(loaded: LoadedMap, profile: DeviceProfile, context_tokens: int | None) -> int:
+def bounded_context(opened: OpenedMap, profile: DeviceProfile, context_tokens: int | None) -> int:
     """The context to build for: as asked, else the profile's, never more than the model was made for."""
-    longest = loaded.identity.model.max_context_tokens
+    longest = opened.identity.model.max_context_tokens
     if context_tokens is None:
         return min(profile.context_tokens, longest)
-    if not PROMPT_RESERVE < context_tokens <= longest:
+    if not LEAST_CONTEXT_TOKENS <= context_tokens <= longest:
         raise UsageError(
-            f"context {context_tokens} tokens: expected more than {PROMPT_RESERVE} and at most {longest}, the model's "
-            f"own"
+            f"context {context_tokens} tokens: expected at least {LEAST_CONTEXT_TOKENS} and at most {longest}, "
+            f"the model's own"
         )
     return context_tokens
 
@@ -337,7 +305,7 @@ def _estimated(
         largest_unit_bytes=max(multiplied for _, _, multiplied in taken),
         context_tokens=context,
         prompt_tokens=context - PROMPT_RESERVE,
-        chunk_tokens=profile.chunk_tokens,
+        chunk_tokens=geometry.chunk_tokens(profile.chunk_tokens, context),
         coefficients=profile.coefficients,
     )
 
@@ -363,7 +331,7 @@ def _weighed(
 
 
 def _plan(
-    loaded: LoadedMap,
+    opened: OpenedMap,
     view: ScoreMap,
     solution: Solution,
     memory: MemoryEstimate,
@@ -375,7 +343,7 @@ def _plan(
     file_bytes = sum(form_bytes(form, unit.rows, unit.cols) for form, unit in zip(forms, view.units, strict=True))
     return Plan(
         schema=SCHEMA,
-        map_sha256=loaded.sha256,
+        map_sha256=opened.sha256,
         profile=profile.name,
         profile_sha256=profile_hash(profile),
         budget_bytes=budget,
@@ -385,30 +353,28 @@ def _plan(
         prefix=solution.prefix,
         moves=len(view.moves),
         file_bytes=file_bytes,
-        ratio=file_bytes / loaded.identity.model.float16_bytes,
-        loss_nats=predicted_nats(loaded.anchors, total_loss(view, solution.choice)) + loaded.cache_nats,
+        ratio=file_bytes / opened.identity.model.float16_bytes,
+        loss_nats=predicted_nats(opened.anchors, total_loss(view, solution.choice)) + opened.cache_nats,
         peak_bytes=memory.peak_bytes,
-        memory=memory.to_dict(),
-        cache=loaded.cache,
-        cache_nats=loaded.cache_nats,
+        memory=predicted_memory(memory),
+        cache=opened.cache,
+        cache_nats=opened.cache_nats,
     )
 
 
 def _infeasible(
-    loaded: LoadedMap, profile: DeviceProfile, budget: int, context: int, reserve: int
+    opened: OpenedMap, profile: DeviceProfile, budget: int, context: int, reserve: int
 ) -> InfeasibleBudgetError:
-    int8_left = (
-        loaded.cache == FLOAT and INT8 in kv_cache_choice.offered(loaded.identity, profile.provider, AUTO_CACHE)[0]
-    )
+    int8_left = opened.cache == FLOAT and INT8 in kv_cache_choice.offered(opened.identity, profile.provider, AUTO)[0]
     shortfall = explain(
         profile,
         budget_bytes=budget,
         context_tokens=context,
-        shortest_tokens=PROMPT_RESERVE + 1,
+        shortest_tokens=LEAST_CONTEXT_TOKENS,
         reserve_bytes=reserve,
-        smallest=lambda device, tokens: smallest_memory(loaded, device, tokens),
+        smallest=lambda device, tokens: smallest_memory(opened, device, tokens),
         others=[load_profile(name) for name in shipped_profiles()],
-        coded=(lambda device, tokens: smallest_memory(loaded.with_cache(INT8), device, tokens)) if int8_left else None,
+        coded=(lambda device, tokens: smallest_memory(opened.with_cache(INT8), device, tokens)) if int8_left else None,
     )
     return InfeasibleBudgetError(
         shortfall.text(), budget_bytes=budget, minimum_bytes=shortfall.minimum_bytes, shortfall=shortfall.to_dict()

@@ -20,6 +20,7 @@ Smallest = Callable[[DeviceProfile, int], MemoryEstimate]
 forms."""
 
 _BAR = 40
+_NAMES = 28  # columns for the names of the terms, at least
 _MIB = 1 << 20
 
 
@@ -62,20 +63,21 @@ class Shortfall:
 
     def text(self) -> str:
         """One line that says it, the terms as a table with a bar that runs past the budget, and what would fit."""
+        width = max(_NAMES, *(len(term.name) for term in self.terms))
         lines = [
             f"{format_size(self.budget_bytes)} is too little: the smallest model of this map needs "
             f"{format_size(self.minimum_bytes)} on {self.profile} at a "
             f"context of {self.context_tokens} tokens, {format_size(self.minimum_bytes - self.budget_bytes)} more",
-            f"  {f'at its peak, in {self.phase}':28} {'needs':>10} {'too much':>10}",
+            f"  {f'at its peak, in {self.phase}':{width}} {'needs':>10} {'too much':>10}",
         ]
         start = 0
         for term in self.terms:
             beyond = format_size(term.beyond_bytes) if term.beyond_bytes else "-"
-            row = f"  {term.name:28} {format_size(term.bytes):>10} {beyond:>10}"
+            row = f"  {term.name:{width}} {format_size(term.bytes):>10} {beyond:>10}"
             lines.append(f"{row}  {self._bar(start, start + term.bytes)}".rstrip())
             start += term.bytes
         lines.append(
-            f"  {'together':28} {format_size(self.minimum_bytes):>10} "
+            f"  {'together':{width}} {format_size(self.minimum_bytes):>10} "
             f"{format_size(self.minimum_bytes - self.budget_bytes):>10}"
         )
         lines.append(
@@ -116,7 +118,7 @@ def explain(
     estimate = smallest(profile, context_tokens)
     items = [(item.name, item.bytes) for item in estimate.items]
     if reserve_bytes:
-        items.append(("measured beside the prediction", reserve_bytes))
+        items.append(("measured above the prediction before", reserve_bytes))
     terms, start = [], 0
     for name, size in items:
         beyond = max(0, start + size - budget_bytes) - max(0, start - budget_bytes)
@@ -132,7 +134,7 @@ def explain(
         remedies.append(
             Remedy(
                 arguments=f"--context {shorter}",
-                reason="the longest that fits",
+                reason="the longest context that fits",
                 peak_bytes=needed(shorter),
                 budget_bytes=budget_bytes,
             )
@@ -140,7 +142,10 @@ def explain(
     if coded is not None and (peak := coded(profile, context_tokens).peak_bytes + reserve_bytes) <= budget_bytes:
         remedies.append(
             Remedy(
-                arguments="--kv-cache int8", reason="a cache of 8-bit codes", peak_bytes=peak, budget_bytes=budget_bytes
+                arguments="--kv-cache int8",
+                reason="a key/value cache of 8-bit codes",
+                peak_bytes=peak,
+                budget_bytes=budget_bytes,
             )
         )
     enough = -(-start // _MIB) * _MIB
@@ -148,7 +153,7 @@ def explain(
         remedies.append(
             Remedy(
                 arguments=f"--budget {enough // _MIB}MiB",
-                reason="the least that does, in whole MiB",
+                reason="the least budget that fits, in whole MiB",
                 peak_bytes=start,
                 budget_bytes=enough,
             )
@@ -183,7 +188,7 @@ def _next_profile(
             return [
                 Remedy(
                     arguments=f"--profile {other.name}",
-                    reason="the next shipped profile",
+                    reason="the next larger shipped profile that fits",
                     peak_bytes=peak,
                     budget_bytes=other.budget_bytes,
                 )

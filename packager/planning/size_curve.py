@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packager.errors import InfeasibleBudgetError, UsageError
-from packager.planning.plan import LoadedMap, Plan, Request, plan_file_bytes, runnable
+from packager.planning.plan import Plan, Request, plan_file_bytes, runnable
 from packager.planning.solver import choice_at, total_bytes
 from packager.profile import DeviceProfile
+from packager.scoremap.opening import OpenedMap
 
 LEAST_SIZES = 2
 BY_FILE, BY_PEAK = "weights file", "peak memory"
@@ -84,14 +85,14 @@ class Curve:
         return asdict(self)
 
 
-def predict(loaded: LoadedMap, request: Request, count: int, *, by_peak: bool) -> tuple[Curve, list[Plan]]:
+def predict(opened: OpenedMap, request: Request, count: int, *, by_peak: bool) -> tuple[Curve, list[Plan]]:
     """The curve of `count` sizes as it is predicted, and the plan of each; needs no model and no runtime.
 
     Fewer sizes where the map has no more. Raises UsageError for fewer than two, InfeasibleBudgetError when the device
     fits none.
     """
-    plans = _distinct(_by_peak(loaded, request, count) if by_peak else _by_file(loaded, request.profile, count))
-    elements = sum(unit.elements for unit in loaded.scoremap.units)
+    plans = _distinct(_by_peak(opened, request, count) if by_peak else _by_file(opened, request.profile, count))
+    elements = sum(unit.elements for unit in opened.scoremap.units)
     points = [
         SizePoint(
             limit_bytes=limit,
@@ -104,8 +105,8 @@ def predict(loaded: LoadedMap, request: Request, count: int, *, by_peak: bool) -
         for limit, plan in plans
     ]
     curve = Curve(
-        map_sha256=loaded.sha256,
-        model=loaded.identity.model.name,
+        map_sha256=opened.sha256,
+        model=opened.identity.model.name,
         bounded=BY_PEAK if by_peak else BY_FILE,
         profile=request.profile.name,
         context_tokens=plans[0][1].context_tokens,
@@ -115,18 +116,18 @@ def predict(loaded: LoadedMap, request: Request, count: int, *, by_peak: bool) -
     return curve, [plan for _, plan in plans]
 
 
-def _by_file(loaded: LoadedMap, profile: DeviceProfile, count: int) -> Iterator[tuple[int, Plan]]:
-    view = runnable(loaded.scoremap, profile)
+def _by_file(opened: OpenedMap, profile: DeviceProfile, count: int) -> Iterator[tuple[int, Plan]]:
+    view = runnable(opened.scoremap, profile)
     least, most = (total_bytes(view, choice_at(view, prefix)) for prefix in (len(view.moves), 0))
     for limit in _spread(least, most, count):
-        yield limit, plan_file_bytes(loaded, profile, limit)
+        yield limit, plan_file_bytes(opened, profile, limit)
 
 
-def _by_peak(loaded: LoadedMap, request: Request, count: int) -> Iterator[tuple[int, Plan]]:
+def _by_peak(opened: OpenedMap, request: Request, count: int) -> Iterator[tuple[int, Plan]]:
     """From the least budget that the map fits to the most that it can use of the device's memory."""
 
     def plan(budget: int) -> Plan:
-        return replace(request, budget_bytes=budget).plan(loaded)
+        return replace(request, budget_bytes=budget).plan(opened)
 
     largest = plan(request.profile.memory_bytes)
     try:

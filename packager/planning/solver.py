@@ -18,12 +18,11 @@ Fits = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """`choice[u]` is the option number of unit u. `prefix` counts the moves taken; `undone` is the unit, if any, that
-    leftover bytes lifted back by one option."""
+    """`choice[u]` is the option number of unit u, after the first `prefix` moves and the one step that leftover bytes
+    took back."""
 
     choice: tuple[int, ...]
     prefix: int
-    undone: int | None
 
 
 def choice_at(scoremap: ScoreMap, prefix: int) -> list[int]:
@@ -50,7 +49,7 @@ def solve(scoremap: ScoreMap, fits: Fits) -> Solution | None:
     undone = _best_undo(scoremap, choice, fits)
     if undone is not None:
         choice[undone] -= 1
-    return Solution(choice=tuple(choice), prefix=prefix, undone=undone)
+    return Solution(choice=tuple(choice), prefix=prefix)
 
 
 def _best_undo(scoremap: ScoreMap, choice: list[int], fits: Fits) -> int | None:

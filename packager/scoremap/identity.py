@@ -6,15 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from packager.errors import ArtifactError
-from packager.io.files import inner_path, read_json, refuse_stray_links, require_distinct, sha256_file
-from packager.io.outputs import Artefact
+from packager.errors import ArtifactError, UsageError
+from packager.io.files import read_json, require_distinct, sha256_file
 from packager.io.records import from_plain
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
-from packager.scoremap.model import IDENTITY_FILE, MAP_FILE, SCHEMA, STORE_FILE
-
-MAP = Artefact(noun="map", marker=IDENTITY_FILE, keys=("model", "files"), listed=lambda identity: identity["files"])
+from packager.scoremap.folder import IDENTITY_FILE, SCOREMAP_FILE, MapFolder
+from packager.scoremap.model import SCHEMA
+from packager.scoremap.settings import ScoreSettings, without_retired
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +75,7 @@ class MapIdentity:
     losses: Losses
     probes: tuple[Probe, ...]
     anchors: tuple[Anchor, ...]
-    settings: dict[str, Any]
+    settings: ScoreSettings
     versions: dict[str, str]
     files: dict[str, str]
     int8_cache: CacheScore | None = None
@@ -85,38 +84,35 @@ class MapIdentity:
         """Plain data for `map.json`."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> MapIdentity:
+        """The identity in `data`, read from `where`; unknown and missing keys and values out of range are errors."""
+        if isinstance(settings := data.get("settings"), dict):
+            data = data | {"settings": without_retired(settings)}
+        try:
+            return from_plain(cls, data, where)
+        except UsageError as error:
+            raise ArtifactError(f"{where}: settings: {error}: the file is damaged, or of another version") from None
 
-def read_identity(folder: Path) -> MapIdentity:
-    """`map.json` of a map, checked against the score map it names by hash."""
-    path = folder / IDENTITY_FILE
+
+def read_identity(root: Path) -> MapIdentity:
+    """`map.json` of the map in folder `root`, checked against the score map it names by hash."""
+    folder = MapFolder(root=root)
+    path = folder.identity
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
             f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
         )
-    identity = from_plain(MapIdentity, data, str(path))
+    identity = MapIdentity.from_dict(data, str(path))
     require_distinct(identity.files, str(path))
-    found = sha256_file(folder / MAP_FILE)
-    if identity.files.get(MAP_FILE) != found:
+    found = sha256_file(folder.scoremap)
+    if identity.files.get(SCOREMAP_FILE) != found:
         raise ArtifactError(
-            f"{folder / MAP_FILE} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model "
+            f"{folder.scoremap} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model "
             f"again"
         )
     return identity
-
-
-def check_files(folder: Path, identity: MapIdentity) -> None:
-    """Every file of the map but the store has the hash that `map.json` names; the store's tensors are checked as they
-    are copied, for hashing all of it would cost more than building."""
-    refuse_stray_links(folder, [*identity.files, IDENTITY_FILE])
-    for name, expected in identity.files.items():
-        path = inner_path(folder, name)
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: the map is incomplete, score the model again")
-        if name != STORE_FILE and sha256_file(path) != expected:
-            raise ArtifactError(
-                f"{path} is not the file that {IDENTITY_FILE} names: it was altered or damaged, score the model again"
-            )
 
 
 def require_model(folder: Path, identity: MapIdentity, name: str, sha256: str) -> None:

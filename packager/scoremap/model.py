@@ -21,12 +21,9 @@ from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, parse_form
 from packager.io.files import dump_json
 from packager.io.records import from_plain
+from packager.scoremap.folder import SCOREMAP_FILE, MapFolder
 
 SCHEMA = 2
-MAP_FILE = "scoremap.safetensors"
-STORE_FILE = "store.safetensors"
-IDENTITY_FILE = "map.json"
-DIGESTS_FILE = "store.json"
 _METADATA_KEY = "scoremap"
 
 
@@ -165,13 +162,13 @@ def map_tensors(scoremap: ScoreMap) -> tuple[dict[str, NDArray[Any]], dict[str, 
     return arrays, {_METADATA_KEY: dump_json({"schema": SCHEMA, "units": described})}
 
 
-def read_map(folder: Path) -> ScoreMap:
-    """The score map in a `.map` folder, checked: known forms, exact bytes, convex hulls, the right order."""
+def read_map(root: Path) -> ScoreMap:
+    """The score map in `.map` folder `root`, checked: known forms, exact bytes, convex hulls, the right order."""
     from safetensors import SafetensorError, safe_open
 
-    path = folder / MAP_FILE
+    path = MapFolder(root=root).scoremap
     if not path.is_file():
-        raise ArtifactError(f"{folder} is not a score map ({MAP_FILE} is missing): make one with 'packager score'")
+        raise ArtifactError(f"{root} is not a score map ({SCOREMAP_FILE} is missing): make one with 'packager score'")
     try:
         with safe_open(path, framework="numpy") as file:
             described = json.loads((file.metadata() or {})[_METADATA_KEY])

@@ -7,26 +7,34 @@ moment of what it then reads.
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms.packing import prefixed
-from packager.forms.registry import BlockForm, FloatForm, LowRankForm, PivotForm
+from packager.forms.codes import CodesForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
 from packager.scoring.low_rank import Spectrum, pivot_rows, refit_left
 from packager.scoring.rounding import Feedback, feedback, packed, round_to, values
 
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def stored(matrix: Tensor, form: FloatForm | BlockForm, spread: Feedback) -> tuple[Tensor, Arrays]:
+def stored(matrix: Tensor, form: FloatForm | CodesForm, spread: Feedback) -> tuple[Tensor, Arrays]:
     """A matrix in `form`: its values as float32, and its tensors."""
-    if isinstance(form, FloatForm):
-        array = matrix.cpu().numpy().astype(form.tensors(1, 1)["weight"].dtype)
-        return torch.from_numpy(array.astype(np.float32)).to(matrix.device), {"weight": array}
-    (rounded,) = round_to(matrix, [form], spread)
-    return values(rounded, form), packed(rounded, form)
+    match form:
+        case FloatForm():
+            arrays = form.pack(matrix.cpu().numpy())
+            return torch.from_numpy(form.dequantize(arrays, *matrix.shape)).to(matrix.device), arrays
+        case CodesForm():
+            (rounded,) = round_to(matrix, [form], spread)
+            return values(rounded, form), packed(rounded, form)
+        case _:
+            assert_never(form)
 
 
 def low_rank(weights: Tensor, spectrum: Spectrum, form: LowRankForm, spread: Feedback) -> tuple[Tensor, Arrays]:
@@ -38,7 +46,7 @@ def low_rank(weights: Tensor, spectrum: Spectrum, form: LowRankForm, spread: Fee
         else refit_left(weights, down, spread.hessian)
     )
     up, up_arrays = stored(left, form.factors, feedback(down @ spread.hessian @ down.T))
-    return up @ down, prefixed("down", down_arrays) | prefixed("up", up_arrays)
+    return up @ down, form.pack(down_arrays, up_arrays)
 
 
 def pivoted(weights: Tensor, spectrum: Spectrum, form: PivotForm, spread: Feedback) -> tuple[Tensor, Arrays]:
@@ -47,10 +55,9 @@ def pivoted(weights: Tensor, spectrum: Spectrum, form: PivotForm, spread: Feedba
     rows, coefficients = pivot_rows(left)
     chosen, others = rows[: form.rank], rows[form.rank :]
     base, base_arrays = stored(left[chosen] @ spectrum.right[: form.rank], form.factors, spread)
-    if isinstance(form.factors, BlockForm):
+    if not isinstance(form.factors, FloatForm):
         coefficients = refit_left(weights[others], base, spread.hessian)
     rest, rest_arrays = stored(coefficients, form.factors, feedback(base @ spread.hessian @ base.T))
     order = torch.argsort(rows)
     approximation = torch.cat([base, rest @ base])[order]
-    arrays = prefixed("base", base_arrays) | prefixed("rest", rest_arrays)
-    return approximation, arrays | {"order": order.cpu().numpy().astype(np.int32)}
+    return approximation, form.pack(base_arrays, rest_arrays, order.cpu().numpy().astype(np.int32))

@@ -9,6 +9,8 @@ show in full.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def measure_steps(model: torch.nn.Module, windows: Tensor, facts: CacheFacts) ->
     def see(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         found = [
             states.float().amax((0, 2))
-            for states in (pair_norms(keys, facts.turned, interleaved=facts.interleaved), values.abs())
+            for states in (pair_norms(keys, facts.rotary_channels, interleaved=facts.rotary_interleaved), values.abs())
         ]
         if layer in ranges:
             found = [torch.maximum(one, other) for one, other in zip(found, ranges[layer], strict=True)]
@@ -57,20 +59,29 @@ def pair_norms(keys: Tensor, turned: int, *, interleaved: bool) -> Tensor:
     return torch.cat([moving, still.abs()], dim=-1)
 
 
-def score_cache(
-    model: torch.nn.Module, facts: CacheFacts, windows: Tensor, heldout: Tensor, ledger: Ledger
-) -> tuple[CacheScore, dict[int, tuple[Tensor, Tensor]]]:
-    """What a cache of 8-bit codes costs on `heldout`, with steps from `windows`; and the steps, none where it is
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvCachePrice:
+    """What a cache of 8-bit codes costs, and its `steps` (keys, values) of every channel by layer, none where it is
     refused."""
+
+    score: CacheScore
+    steps: dict[int, tuple[Tensor, Tensor]]
+
+
+def price_kv_cache(
+    model: torch.nn.Module, facts: CacheFacts, windows: Tensor, heldout: Tensor, ledger: Ledger
+) -> KvCachePrice:
+    """What a cache of 8-bit codes costs on `heldout`, with steps from `windows`."""
     if facts.refusal:
-        return CacheScore(loss_nats=0.0, refusal=facts.refusal), {}
+        return _refused(facts.refusal)
     observer = Observer(model, heldout)
     steps = measure_steps(model, windows, facts)
     if set(steps) != set(facts.layers):
-        return CacheScore(
-            loss_nats=0.0,
-            refusal=f"{type(model).__name__} caches {len(steps)} layers, its exported graph {len(facts.layers)}",
-        ), {}
+        return _refused(f"{type(model).__name__} caches {len(steps)} layers, its exported graph {len(facts.layers)}")
     with tapped(model, rounding(steps)):
         divergence, _ = ledger.recall("8-bit cache", observer.measure)
-    return CacheScore(loss_nats=max(0.0, divergence)), steps
+    return KvCachePrice(score=CacheScore(loss_nats=max(0.0, divergence)), steps=steps)
+
+
+def _refused(reason: str) -> KvCachePrice:
+    return KvCachePrice(score=CacheScore(loss_nats=0.0, refusal=reason), steps={})

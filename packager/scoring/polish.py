@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from packager.forms.packing import dequantize
-from packager.forms.registry import BlockForm, Form, SplitForm, activation_block
+from packager.forms.codes import CodesForm
+from packager.forms.registry import Form
 from packager.progress import Progress
 from packager.scoring.probes import Observer, rounding_hook
 from packager.source.unit_weights import Source
@@ -46,11 +46,11 @@ class Polish:
 class _Part(torch.nn.Module):
     """Rows of one matrix: codes (rows, cols) with their zero points taken off, and one scale for each block."""
 
-    def __init__(self, source: Source, form: BlockForm | SplitForm, arrays: Arrays) -> None:
+    def __init__(self, source: Source, form: CodesForm, arrays: Arrays) -> None:
         super().__init__()
         rows, cols = source.unit.rows, source.unit.cols
         self.name, self.rows, self.block = source.unit.name, slice(source.start, source.stop), form.block
-        whole = dequantize(form, {**arrays, "scales": np.ones_like(arrays["scales"])}, rows, cols)
+        whole = form.dequantize({**arrays, "scales": np.ones_like(arrays["scales"])}, rows, cols)
         self.codes = torch.from_numpy(whole.astype(np.int16))
         self.scales = torch.from_numpy(np.asarray(arrays["scales"], np.float32))
         self.change = torch.nn.Parameter(torch.zeros_like(self.scales))
@@ -101,7 +101,7 @@ def polish(
     by_module: dict[str, list[_Part]] = {}
     for part, (source, form) in zip(parts, _tunable(sources, forms), strict=True):
         by_module.setdefault(source.module, []).append(part)
-        block = activation_block(form)
+        block = form.activation_block
         if rounds_inputs and block is not None and len(by_module[source.module]) == 1:
             packed.get_submodule(source.module).register_forward_pre_hook(rounding_hook(block))
     for parameter in packed.parameters():
@@ -119,10 +119,10 @@ def polish(
     return Polish(scales=scales, before_nats=before, after_nats=after if better else before, steps=steps)
 
 
-def _tunable(sources: Sequence[Source], forms: Mapping[str, Form]) -> Iterator[tuple[Source, BlockForm | SplitForm]]:
+def _tunable(sources: Sequence[Source], forms: Mapping[str, Form]) -> Iterator[tuple[Source, CodesForm]]:
     for source in sources:
         form = forms[source.unit.name]
-        if source.unit.kind == "linear" and isinstance(form, BlockForm | SplitForm):
+        if source.unit.kind == "linear" and isinstance(form, CodesForm):
             yield source, form
 
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 
+from packager.bundle.manifest import Polish
 from packager.errors import UsageError
-from packager.forms.packing import dequantize
-from packager.forms.registry import FloatForm, Form
-from packager.planning.plan import LoadedMap, Plan, form_of
+from packager.forms.floats import FloatForm
+from packager.forms.registry import Form
+from packager.planning.plan import Plan, form_of
 from packager.progress import Progress
-from packager.scoremap.model import STORE_FILE
-from packager.scoring.polish import Polish, polish
+from packager.scoremap.folder import store_key
+from packager.scoremap.opening import OpenedMap
+from packager.scoring.polish import polish
 from packager.source.calibration_text import load_calibration
 from packager.source.checkpoint import Checkpoint
 from packager.source.unit_weights import Source, find_sources, matrices_of
 
-REFERENCE_FILE = "reference.safetensors"
 _TOKENS = 1 << 19
 
 
@@ -37,10 +36,12 @@ class Polishing:
     calibration_paths: Sequence[Path] = ()
 
 
-def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, progress: Progress) -> dict[str, Any]:
-    """Tune the plan's scales and write them to `out`, a safetensors file with `unit|scales` of each unit that moved.
+def polish_plan(
+    loaded: OpenedMap, plan: Plan, polishing: Polishing, progress: Progress
+) -> tuple[dict[str, NDArray[np.float32]], Polish]:
+    """Tune the plan's scales: those of each unit that moved, and what there is to say of it.
 
-    Returns what there is to say of it. Raises UsageError when the model is not the map's.
+    Raises UsageError when the model is not the map's.
     """
     checkpoint, identity = polishing.checkpoint, loaded.identity
     if checkpoint.sha256() != identity.model.sha256:
@@ -49,20 +50,20 @@ def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, 
             f"{identity.model.sha256[:16]}…): its weights differ"
         )
     progress.phase("reading the original model", 1)
-    calibration = load_calibration(
-        polishing.calibration_paths, checkpoint.tokenizer(), tokens=_TOKENS, seed=int(identity.settings["seed"])
+    text = load_calibration(
+        polishing.calibration_paths, checkpoint.tokenizer(), tokens=_TOKENS, seed=identity.settings.seed
     )
-    heldout = torch.from_numpy(load_file(loaded.folder / REFERENCE_FILE)["heldout"].astype(np.int64))
+    heldout = torch.from_numpy(loaded.folder.reference.held_out().windows)
     original, packed = checkpoint.load(), checkpoint.load()
     units = loaded.scoremap.units
     sources = find_sources(matrices_of((unit.matrix, unit.rows, unit.cols) for unit in units), packed)
     forms = {unit.name: form_of(plan, unit) for unit in units}
-    with safe_open(loaded.folder / STORE_FILE, framework="numpy") as store:
+    with safe_open(loaded.folder.store, framework="numpy") as store:
 
         def load(source: Source, form: Form) -> dict[str, NDArray[np.generic]]:
             unit = source.unit
             return {
-                name: store.get_tensor(f"{unit.name}|{form.label}|{name}")
+                name: store.get_tensor(store_key(unit.name, form.label, name))
                 for name in form.tensors(unit.rows, unit.cols)
             }
 
@@ -71,7 +72,7 @@ def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, 
                 form, unit = forms[source.unit.name], source.unit
                 if not isinstance(form, FloatForm):
                     source.weight(packed).copy_(
-                        torch.from_numpy(dequantize(form, load(source, form), unit.rows, unit.cols))
+                        torch.from_numpy(form.dequantize(load(source, form), unit.rows, unit.cols))
                     )
         progress.advance()
         done = polish(
@@ -80,22 +81,18 @@ def polish_plan(loaded: LoadedMap, plan: Plan, polishing: Polishing, out: Path, 
             sources,
             forms,
             load,
-            windows=calibration.windows,
+            windows=text.windows,
             heldout=heldout,
             seconds=60 * polishing.minutes,
-            rounds_inputs=identity.settings["provider"] == "cpu",
+            rounds_inputs=identity.settings.kernels.rounds_inputs,
             progress=progress,
         )
-    save_file({f"{name}|scales": np.ascontiguousarray(scales) for name, scales in done.scales.items()}, out)
-    return _said(done, polishing, calibration.description)
-
-
-def _said(done: Polish, polishing: Polishing, text: str) -> dict[str, Any]:
-    return {
-        "minutes": polishing.minutes,
-        "steps": done.steps,
-        "text": text,
-        "heldout_divergence_before_nats": done.before_nats,
-        "heldout_divergence_after_nats": done.after_nats,
-        "units": len(done.scales),
-    }
+    said = Polish(
+        minutes=polishing.minutes,
+        steps=done.steps,
+        text=text.description,
+        heldout_divergence_before_nats=done.before_nats,
+        heldout_divergence_after_nats=done.after_nats,
+        units=len(done.scales),
+    )
+    return done.scales, said

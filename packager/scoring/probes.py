@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from packager.forms.registry import BlockForm, FloatForm, LowRankForm, PivotForm, SplitForm, activation_block
+from packager.forms.floats import FloatForm
 from packager.scoremap.identity import Probe
 from packager.scoremap.model import Option, ScoreMap, Unit
 from packager.scoring.losses import token_losses
@@ -91,7 +91,7 @@ def perturbed(
             weight = source.weight(model)
             saved.append((weight, weight.clone()))
             weight.copy_(load(source, option).to(weight.device))
-            block = activation_block(option.form)
+            block = option.form.activation_block
             if rounds_inputs and block is not None and source.unit.kind != "embedding":
                 linear = source.unit.kind == "linear"
                 head = model.get_output_embeddings()  # type: ignore[operator]
@@ -123,15 +123,9 @@ def rounding_hook(block: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]],
 def kind_of(unit: Unit, option: Option, position: float, bands: int) -> str:
     """The class whose multiplier an option takes; `position` is the unit's relative depth, 0 to 1, in one of
     `bands`."""
-    match option.form:
-        case FloatForm():
-            return "float"
-        case BlockForm(bits=bits):
-            kind = f"{bits} bits"
-        case LowRankForm() | PivotForm():
-            kind = "low rank"
-        case SplitForm():
-            kind = "6 bits"
+    kind = option.form.price_class
+    if isinstance(option.form, FloatForm):
+        return kind
     return (
         f"{kind}, vocabulary"
         if unit.kind != "linear"

@@ -14,16 +14,16 @@ Maths over tensors; nothing here knows a model. W is (N, K), H = E[x xᵀ] is (K
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms.packing import pack_blocks
-from packager.forms.registry import BlockForm, SplitForm
+from packager.forms.codes import CodesForm
 from packager.scoring.columns import look_back, spread_errors
 
 _DAMPING = 0.01
@@ -34,27 +34,12 @@ _WORK_ELEMENTS = 1 << 22
 _CLIPS = {2: (10, 0.45), 4: (5, 0.85), 6: (4, 0.8), 8: (1, 1.0)}
 _SWEEPS = {2: 2, 4: 1, 6: 1, 8: 0}  # of coordinate descent, by bits: where they pay
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """Codes of `bits` bits, a scale for each `block` of a row, and zero points or the same `centre` for all."""
-
-    bits: int
-    block: int
-    zeros: bool
-    centre: int
-
-    def blocks(self, cols: int) -> int:
-        """Blocks in a row of `cols` elements."""
-        return -(-cols // self.block)
+_Entry = TypeVar("_Entry")
 
 
-def grid_of(form: BlockForm | SplitForm) -> Grid:
-    """The codes that a form stores; split ones as they are before they are cut."""
-    if isinstance(form, BlockForm):
-        return Grid(bits=form.bits, block=form.block, zeros=form.zeros, centre=2 ** (form.bits - 1))
-    centre = 2 ** (form.low.bits + form.high.bits - 1) + 2 ** (form.low.bits - 1)
-    return Grid(bits=form.high.bits + form.low.bits, block=form.block, zeros=False, centre=centre)
+def _by_bits(table: Mapping[int, _Entry], form: CodesForm) -> _Entry:
+    """The entry of `table` for codes of as many bits, or of the next fewer that it knows."""
+    return table[max(bits for bits in table if bits <= form.bits)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,26 +67,26 @@ def feedback(hessian: Tensor, damping: float = _DAMPING) -> Feedback:
     return Feedback(hessian=hessian, order=order, upper=inverse_factor(hessian[order][:, order], damping))
 
 
-def round_to(weights: Tensor, forms: Sequence[BlockForm | SplitForm], spread: Feedback) -> Iterator[Rounded]:
+def round_to(weights: Tensor, forms: Sequence[CodesForm], spread: Feedback) -> Iterator[Rounded]:
     """(N, K) `weights` rounded to the codes of each of `forms`, their scales refitted. As many forms are worked on at
     once as keep that small in memory."""
-    grids = [grid_of(form) for form in forms]
     count = max(1, _WORK_ELEMENTS // max(1, weights.numel()))
-    for start in range(0, len(grids), count):
-        yield from _round_at_once(weights, grids[start : start + count], spread)
+    for start in range(0, len(forms), count):
+        yield from _round_at_once(weights, forms[start : start + count], spread)
 
 
-def _round_at_once(weights: Tensor, grids: Sequence[Grid], spread: Feedback) -> list[Rounded]:
+def _round_at_once(weights: Tensor, forms: Sequence[CodesForm], spread: Feedback) -> list[Rounded]:
     target = weights.float() @ spread.hessian
     rounded = [
-        refit_scales(one, target, spread.hessian, grid)
-        for one, grid in zip(gptq(weights, spread, grids), grids, strict=True)
+        refit_scales(one, target, spread.hessian, form)
+        for one, form in zip(gptq(weights, spread, forms), forms, strict=True)
     ]
-    for sweep in range(max(_SWEEPS[grid.bits] for grid in grids)):
-        again = [at for at, grid in enumerate(grids) if _SWEEPS[grid.bits] > sweep]
-        fresh = descend(weights, [rounded[at] for at in again], spread, [grids[at] for at in again])
+    sweeps = [_by_bits(_SWEEPS, form) for form in forms]
+    for sweep in range(max(sweeps)):
+        again = [at for at, count in enumerate(sweeps) if count > sweep]
+        fresh = descend(weights, [rounded[at] for at in again], spread, [forms[at] for at in again])
         for at, one in zip(again, fresh, strict=True):
-            rounded[at] = refit_scales(one, target, spread.hessian, grids[at])
+            rounded[at] = refit_scales(one, target, spread.hessian, forms[at])
     return rounded
 
 
@@ -130,7 +115,7 @@ def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     return torch.eye(size, device=hessian.device)
 
 
-def block_grid(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor, Tensor]:
+def block_grid(weights: Tensor, importance: Tensor, form: CodesForm) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each block by clip search.
 
     `weights` (N, B, g) and `importance` (B, g), the diagonal of H. Returns scales (N, B) and zero points (N, B), both
@@ -140,7 +125,7 @@ def block_grid(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor,
     top = 2**form.bits - 1
     low = weights.amin(-1).clamp(max=0)
     high = weights.amax(-1).clamp(min=0)
-    steps, floor = _CLIPS[form.bits]
+    steps, floor = _by_bits(_CLIPS, form)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for step in range(steps):
@@ -155,7 +140,7 @@ def block_grid(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor,
     return best_scale, best_zero
 
 
-def _candidates(low: Tensor, high: Tensor, form: Grid, top: int) -> list[tuple[Tensor, Tensor]]:
+def _candidates(low: Tensor, high: Tensor, form: CodesForm, top: int) -> list[tuple[Tensor, Tensor]]:
     tiny = torch.finfo(torch.float32).tiny * 2**20
     if form.zeros:
         scale = ((high - low) / top).clamp(min=tiny)
@@ -168,7 +153,7 @@ def _candidates(low: Tensor, high: Tensor, form: Grid, top: int) -> list[tuple[T
     return [(signed, centre), (even, centre)]
 
 
-def _grids(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor, Tensor]:
+def _grids(weights: Tensor, importance: Tensor, form: CodesForm) -> tuple[Tensor, Tensor]:
     """Scales and zero points (N, blocks) of all blocks of (N, K) `weights`, some rows at a time."""
     cols = weights.shape[1]
     blocks = form.blocks(cols)
@@ -181,7 +166,7 @@ def _grids(weights: Tensor, importance: Tensor, form: Grid) -> tuple[Tensor, Ten
     return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
 
 
-def gptq(weights: Tensor, spread: Feedback, forms: Sequence[Grid]) -> list[Rounded]:
+def gptq(weights: Tensor, spread: Feedback, forms: Sequence[CodesForm]) -> list[Rounded]:
     """Round (N, K) `weights` to the codes of each of `forms`, column by column in the order of `spread`."""
     weights = weights.float()
     grids = [_grids(weights, spread.hessian.diagonal(), form) for form in forms]
@@ -194,7 +179,7 @@ def gptq(weights: Tensor, spread: Feedback, forms: Sequence[Grid]) -> list[Round
     ]
 
 
-def descend(weights: Tensor, rounded: Sequence[Rounded], spread: Feedback, forms: Sequence[Grid]) -> list[Rounded]:
+def descend(weights: Tensor, rounded: Sequence[Rounded], spread: Feedback, forms: Sequence[CodesForm]) -> list[Rounded]:
     """Set every code of (N, K) `weights`, as it is in each of `forms`, anew, in the order of `spread`, to the one that
     minimises (w - ŵ) H (w - ŵ)ᵀ with the scales and all other codes as they are. H is damped as for GPTQ."""
     hessian = spread.hessian[spread.order][:, spread.order]
@@ -202,7 +187,7 @@ def descend(weights: Tensor, rounded: Sequence[Rounded], spread: Feedback, forms
     hessian.diagonal().add_(damping).clamp_(min=torch.finfo(torch.float32).tiny)
     scale = _by_column([one.scales for one in rounded], forms, spread.order)
     error = torch.cat(
-        [(weights.float() - values_on(one, form))[:, spread.order].T for one, form in zip(rounded, forms, strict=True)],
+        [(weights.float() - values(one, form))[:, spread.order].T for one, form in zip(rounded, forms, strict=True)],
         dim=1,
     )
     codes = torch.cat([one.codes[:, spread.order].T.float() for one in rounded], dim=1)
@@ -210,7 +195,7 @@ def descend(weights: Tensor, rounded: Sequence[Rounded], spread: Feedback, forms
     return [Rounded(codes=code, scales=one.scales, zeros=one.zeros) for code, one in zip(fresh, rounded, strict=True)]
 
 
-def _by_column(parameters: Sequence[Tensor], forms: Sequence[Grid], order: Tensor) -> Tensor:
+def _by_column(parameters: Sequence[Tensor], forms: Sequence[CodesForm], order: Tensor) -> Tensor:
     """(K, N · forms): for every column in `order` and every row, its block's number among each form's (N, blocks)."""
     parts = [
         each.T[torch.div(order, form.block, rounding_mode="floor")]
@@ -219,7 +204,7 @@ def _by_column(parameters: Sequence[Tensor], forms: Sequence[Grid], order: Tenso
     return torch.cat(parts, dim=1)
 
 
-def _by_form(codes: Tensor, forms: Sequence[Grid], order: Tensor) -> list[Tensor]:
+def _by_form(codes: Tensor, forms: Sequence[CodesForm], order: Tensor) -> list[Tensor]:
     """Codes (K, N · forms) in `order` as one (N, K) uint8 for each form, columns in their places."""
     found = []
     for part in codes.chunk(len(forms), dim=1):
@@ -229,34 +214,21 @@ def _by_form(codes: Tensor, forms: Sequence[Grid], order: Tensor) -> list[Tensor
     return found
 
 
-def _tops(weights: Tensor, forms: Sequence[Grid]) -> Tensor:
+def _tops(weights: Tensor, forms: Sequence[CodesForm]) -> Tensor:
     """(N · forms,) the largest code of each row."""
     return torch.tensor([2.0**form.bits - 1 for form in forms], device=weights.device).repeat_interleave(len(weights))
 
 
-def values(rounded: Rounded, form: BlockForm | SplitForm) -> Tensor:
+def values(rounded: Rounded, form: CodesForm) -> Tensor:
     """The (N, K) float32 matrix that the codes stand for."""
-    return values_on(rounded, grid_of(form))
-
-
-def values_on(rounded: Rounded, form: Grid) -> Tensor:
-    """The same, for codes on a grid."""
     scales = rounded.scales.repeat_interleave(form.block, dim=1)[:, : rounded.codes.shape[1]]
     return _centred(rounded, form) * scales
 
 
-def packed(rounded: Rounded, form: BlockForm | SplitForm) -> dict[str, NDArray[np.generic]]:
+def packed(rounded: Rounded, form: CodesForm) -> dict[str, NDArray[np.generic]]:
     """The tensors that the codes are stored in."""
-    if isinstance(form, SplitForm):
-        high = pack_blocks(
-            form.high, (rounded.codes >> form.low.bits).cpu().numpy(), rounded.scales.cpu().numpy(), None
-        )
-        low = pack_blocks(
-            form.low, (rounded.codes & (2**form.low.bits - 1)).cpu().numpy(), rounded.scales.cpu().numpy(), None
-        )
-        return {"high": high["codes"], "low": low["codes"], "scales": low["scales"]}
-    zeros = rounded.zeros.cpu().numpy() if rounded.zeros is not None else None
-    return pack_blocks(form, rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
+    zeros = None if rounded.zeros is None else rounded.zeros.cpu().numpy()
+    return form.pack(rounded.codes.cpu().numpy(), rounded.scales.cpu().numpy(), zeros)
 
 
 def activation_error(inputs: Tensor, block: int) -> Tensor:
@@ -282,14 +254,14 @@ def activation_price(weights: Tensor, noise: Tensor, gradient: Tensor) -> float:
     return 0.5 * float(((gradient @ weights) * response).double().sum())
 
 
-def _centred(rounded: Rounded, form: Grid) -> Tensor:
+def _centred(rounded: Rounded, form: CodesForm) -> Tensor:
     cols = rounded.codes.shape[1]
     if rounded.zeros is None:
         return rounded.codes.float().sub(form.centre)
     return rounded.codes.float() - rounded.zeros.float().repeat_interleave(form.block, dim=1)[:, :cols]
 
 
-def refit_scales(rounded: Rounded, target: Tensor, hessian: Tensor, form: Grid) -> Rounded:
+def refit_scales(rounded: Rounded, target: Tensor, hessian: Tensor, form: CodesForm) -> Rounded:
     """Scales that minimise (w - ŵ) H (w - ŵ)ᵀ for each row with the codes as they are; `target` is W H (N, K)."""
     rows, cols = rounded.codes.shape
     blocks = form.blocks(cols)

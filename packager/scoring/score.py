@@ -1,4 +1,4 @@
-"""The one computation per model: checkpoint and calibration text in, a `.map` folder out.
+"""The one computation per model, phase by phase: checkpoint and calibration text in, a `.map` folder out.
 
 Finished work lies in a folder beside the target until the map is whole, and a killed run resumes from there: see
 `packager.scoring.workspace`.
@@ -6,101 +6,40 @@ Finished work lies in a folder beside the target until the map is whole, and a k
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import psutil
 import torch
-from safetensors.numpy import save_file
 
 from packager import __version__
-from packager.errors import CalibrationError
-from packager.graph.kv_cache_codes import CACHE_ROLES, cache_facts, scale_name
-from packager.graph.skeleton import GRAPH_FILE, export_skeleton
-from packager.io.files import (
-    dump_json,
-    read_json,
-    sha256_file,
-    sha256_json,
-    write_text,
-)
+from packager.graph.kv_cache_codes import cache_facts
+from packager.graph.skeleton import export_skeleton
 from packager.io.outputs import published_folder, reserved
-from packager.memory.geometry import read_geometry
-from packager.planning.solver import choice_at, total_loss
 from packager.progress import Progress
 from packager.runtime.device_check import peak_bytes
-from packager.scoremap.anchors import Anchor, monotone
-from packager.scoremap.identity import (
-    MAP,
-    CalibrationIdentity,
-    Losses,
-    MapIdentity,
-    ModelIdentity,
-    Probe,
-    read_identity,
-    require_model,
-)
-from packager.scoremap.model import IDENTITY_FILE, MAP_FILE, SCHEMA, Option, ScoreMap, make_map, map_tensors
-from packager.scoring.acip.options import Ranking, labels_ranked, learn, load_start, prepare, ranked_options, start_path
-from packager.scoring.acip.training import AcipSettings, check_reachable
-from packager.scoring.curvature.moments import Curvature, collect, groups
-from packager.scoring.curvature.options import Kernels, forms_tried, score_unit
-from packager.scoring.kv_cache_price import score_cache
-from packager.scoring.ledger import Ledger
-from packager.scoring.probes import Observer, anchor_prefixes, corrected, multipliers, perturbed, probe_sets
-from packager.scoring.workspace import (
-    LEDGER_FILE,
-    curvature_path,
-    load_curvature,
-    load_options,
-    load_weights,
-    open_work,
-    options_path,
-    save_curvature,
-    save_options,
-    write_store,
-)
-from packager.source.calibration_text import Calibration, load_calibration, nats_per_byte, unfamiliar
+from packager.scoremap.folder import MAP, MapFolder
+from packager.scoremap.identity import MapIdentity, read_identity, require_model
+from packager.scoremap.model import SCHEMA
+from packager.scoremap.settings import ScoreSettings
+from packager.scoring.acip.method import AcipMethod
+from packager.scoring.bench import Bench, Skeleton, Stopwatch, Subject, first_half
+from packager.scoring.correction import Measured, correct_and_anchor
+from packager.scoring.curvature.method import CurvatureMethod, group_curvature
+from packager.scoring.curvature.moments import Curvature, groups
+from packager.scoring.graph_check import check_graph
+from packager.scoring.kv_cache_price import KvCachePrice, price_kv_cache
+from packager.scoring.method import MakeOptions, ScoringMethod, labels_tried, rounded_blocks
+from packager.scoring.workspace import WorkKey, Workspace
+from packager.scoring.write_map import MapContent, write_map
+from packager.source.calibration_text import CalibrationText, load_calibration, nats_per_byte, unfamiliar
 from packager.source.checkpoint import Checkpoint, vectors
+from packager.source.stop_tokens import with_stop_tokens
 from packager.source.unit_weights import Source, find_sources
 
-REFERENCE_FILE = "reference.safetensors"
-SKELETON_FOLDER = "skeleton"
-SIDE_FOLDER = "model"
-QUICK_TOKENS = 4096
-QUICK_ANCHOR_NATS = (0.01, 0.05, 0.2, 0.8)
-ANCHOR_NATS = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6)
-_NOISY_NATS = 0.05
-_CACHE_WINDOWS = 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreSettings:
-    """What a map's content depends on besides the model and the text. `tokens` of calibration, a `seed`.
-
-    `float_only` is for devices without low-bit kernels. `acip` scores by that method; without, by curvature.
-    """
-
-    tokens: int = 32768
-    seed: int = 0
-    quick: bool = False
-    provider: str = "cpu"
-    sampled_labels: bool = False
-    float_only: bool = False
-    acip: AcipSettings | None = None
-
-    @property
-    def kernels(self) -> Kernels:
-        """What the options may be made of. Graphs for accelerators hold float16, and only CPUs' kernels round
-        inputs."""
-        cpu = self.provider == "cpu"
-        return Kernels(floats="f32" if cpu else "f16", low_bit=not self.float_only, rounds_inputs=cpu)
+_KV_CACHE_WINDOWS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +57,13 @@ class ScoreReport:
     warnings: tuple[str, ...]
 
 
+def method_of(settings: ScoreSettings) -> ScoringMethod:
+    """The method that the settings ask for."""
+    if settings.acip:
+        return AcipMethod(settings=settings, acip=settings.acip)
+    return CurvatureMethod(settings=settings)
+
+
 def score_model(
     checkpoint: Checkpoint,
     out: Path,
@@ -130,150 +76,25 @@ def score_model(
 ) -> ScoreReport:
     """Write the score map of `checkpoint` to folder `out`.
 
-    Raises CalibrationError for a text that cannot be used, ModelError for a model that cannot, OutputError where
-    another process scores into `out` or nothing can be written. A text that the model does not know is a warning.
+    Raises CalibrationError for a text that cannot be used, ModelError for a model that cannot, UsageError for settings
+    that this model cannot meet, OutputError where another process scores into `out` or nothing can be written. A text
+    that the model does not know is a warning.
     """
+    method = method_of(settings)
     with reserved(out, MAP, force=force, inputs=[*checkpoint.inputs, *calibration_paths]):
-        return _scored(checkpoint, out, settings, calibration_paths, device, force, progress)
-
-
-def _scored(
-    checkpoint: Checkpoint,
-    out: Path,
-    settings: ScoreSettings,
-    calibration_paths: Sequence[Path],
-    device: str,
-    force: bool,
-    progress: Progress,
-) -> ScoreReport:
-    """`score_model`, while its output and work folder are held for it."""
-    started = time.perf_counter()
-    seconds: dict[str, float] = {}
-
-    def lap(phase: str) -> None:
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started - sum(seconds.values())
-
-    progress.phase("reading the model", 1)
-    config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
-    calibration = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
-    model = checkpoint.load(_dtype(checkpoint)).to(device)
-    model_hash = checkpoint.sha256()
-    work = open_work(out, _work_key(model_hash, calibration, settings))
-    progress.advance()
-    lap("read")
-    matrices, nodes = export_skeleton(
-        config, dict(vectors(model)), settings.provider, work / SKELETON_FOLDER / settings.provider
-    )
-    sources = find_sources(matrices, model)
-    if settings.acip:
-        check_reachable(
-            [(source.unit.rows, source.unit.cols) for source in sources if source.unit.kind == "linear"], settings.acip
+        bench = _set_up(_read(checkpoint, calibration_paths, settings, device, progress), method, out)
+        _make_options(bench, method.prepare(bench))
+        measured = correct_and_anchor(bench, method.bands)
+        familiarity = _familiarity(bench, measured)
+        content = MapContent(bench=bench, measured=measured, kv_cache=_price_kv_cache(bench))
+        identity = _publish(content, out, force=force)
+        return ScoreReport(
+            identity=identity,
+            nats_per_byte=familiarity.nats_per_byte,
+            seconds=bench.stopwatch.seconds(),
+            peak_bytes=peak_bytes(),
+            warnings=familiarity.warnings,
         )
-    lap("skeleton")
-    rankings = _rankings(model, sources, calibration, settings, work, progress) if settings.acip else {}
-    if settings.acip:
-        lap("acip")
-    for number, group in enumerate(groups(sources)):
-        if all(options_path(work, source.unit).exists() for source in group):
-            continue
-        curvature = _curvature(model, group, calibration, settings, curvature_path(work, number), progress)
-        lap("curvature")
-        progress.phase("rounding and pricing options", len(group))
-        for source in group:
-            if not options_path(work, source.unit).exists():
-                # Let go of one by one: it is the largest thing in memory.
-                _score(work, source, model, curvature.pop(source.unit.name), settings, rankings.get(source.unit.name))
-            progress.advance()
-        curvature_path(work, number).unlink(missing_ok=True)
-        del curvature  # what a resumed run had no use for
-        lap("options")
-    heldout = _half(calibration.heldout) if settings.quick else calibration.heldout
-    scoremap, measured = _measure(work, sources, model, heldout, settings, progress)
-    lap("probes")
-    per_byte = nats_per_byte(measured.token_nats.cpu(), heldout, tokenizer)
-    warning = unfamiliar(calibration.description, float(measured.token_nats.double().mean()), per_byte)
-    if warning:
-        progress.warn(warning)
-    progress.phase("measuring an 8-bit cache", 1)
-    facts = cache_facts(ir.load(work / SKELETON_FOLDER / settings.provider / GRAPH_FILE).graph, settings.provider)
-    int8_cache, steps = score_cache(
-        model, facts, calibration.windows[:_CACHE_WINDOWS], _half(heldout), Ledger(work / LEDGER_FILE)
-    )
-    progress.advance()
-    lap("cache")
-    progress.phase("writing the map", 1)
-    with published_folder(out, MAP, force=force) as staging:
-        write_store(work, scoremap, staging)
-        arrays, metadata = map_tensors(scoremap)
-        save_file(arrays, staging / MAP_FILE, metadata=metadata)
-        shutil.copytree(work / SKELETON_FOLDER, staging / SKELETON_FOLDER)
-        checkpoint.save_side_files(staging / SIDE_FOLDER, config, tokenizer)
-        reference = {f"vector.{name}": tensor.numpy() for name, tensor in vectors(model)}
-        reference |= {
-            "heldout": heldout.numpy().astype("int32"),
-            "heldout_nats": measured.token_nats.float().cpu().numpy(),
-        }
-        reference |= {
-            scale_name(layer, role): step.numpy()
-            for layer, pair in steps.items()
-            for role, step in zip(CACHE_ROLES, pair, strict=True)
-        }
-        save_file(reference, staging / REFERENCE_FILE)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        genai = read_json(staging / SKELETON_FOLDER / settings.provider / "genai_config.json")
-        geometry = read_geometry(config, nodes=nodes, tokenizer=staging / SIDE_FOLDER / "tokenizer.json", genai=genai)
-        model_identity = ModelIdentity(
-            name=checkpoint.name,
-            source=checkpoint.source if not Path(checkpoint.source).is_absolute() else Path(checkpoint.source).name,
-            sha256=model_hash,
-            architecture=(config.architectures or ["?"])[0],
-            parameters=parameters,
-            float16_bytes=2 * parameters,
-            max_context_tokens=int(config.max_position_embeddings),
-        )
-        text = CalibrationIdentity(
-            text=calibration.description, sha256=calibration.sha256, tokens=calibration.windows.numel()
-        )
-        identity = MapIdentity(
-            schema=SCHEMA,
-            model=model_identity,
-            geometry=geometry,
-            calibration=text,
-            losses=Losses(heldout_nats=float(measured.token_nats.double().mean())),
-            probes=measured.probes,
-            anchors=measured.anchors,
-            settings=asdict(settings),
-            versions={name: version(name) for name in ("torch", "transformers", "onnxruntime-genai", "edge-packager")},
-            files={
-                path.relative_to(staging).as_posix(): sha256_file(path)
-                for path in sorted(staging.rglob("*"))
-                if path.is_file()
-            },
-            int8_cache=int8_cache,
-        )
-        write_text(staging / IDENTITY_FILE, dump_json(identity.to_dict()))
-    shutil.rmtree(work, ignore_errors=True)
-    progress.advance()
-    lap("write")
-    taken = {phase: round(time_taken, 3) for phase, time_taken in seconds.items()}
-    return ScoreReport(
-        identity=identity,
-        nats_per_byte=per_byte,
-        seconds=taken,
-        peak_bytes=peak_bytes(),
-        warnings=(warning,) if warning else (),
-    )
-
-
-def _half(windows: torch.Tensor) -> torch.Tensor:
-    """The first half of them, at least one: divergences, far less noisy than rises of the loss, need no more."""
-    return windows[: -(-len(windows) // 2)]
-
-
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """float32 where the model fits in half the memory that is free, else bfloat16. Sums are float32 either way."""
-    stored = sum(path.stat().st_size for path in checkpoint.files)
-    return torch.float32 if 2 * stored < psutil.virtual_memory().available // 2 else torch.bfloat16
 
 
 def map_differences(
@@ -285,198 +106,158 @@ def map_differences(
     """
     identity = read_identity(folder)
     require_model(folder, identity, checkpoint.name, checkpoint.sha256())
-    calibration = load_calibration(
-        calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed
-    )
-    wanted = asdict(settings)
-    names = sorted(wanted.keys() | identity.settings.keys())
-    found = [
-        f"{name} {identity.settings.get(name)!r} in place of {wanted.get(name)!r}"
-        for name in names
-        if identity.settings.get(name) != wanted.get(name)
-    ]
+    text = load_calibration(calibration_paths, checkpoint.tokenizer(), tokens=settings.tokens, seed=settings.seed)
+    found = identity.settings.differences(settings)
     # Other tokens or another seed choose other windows: a hash of its own says nothing more then.
-    if identity.calibration.text != calibration.description or (
-        not found and identity.calibration.sha256 != calibration.sha256
-    ):
+    if identity.calibration.text != text.description or (not found and identity.calibration.sha256 != text.sha256):
         found.append(f"another calibration text, {identity.calibration.text}")
     return found
 
 
-def _work_key(model_hash: str, calibration: Calibration, settings: ScoreSettings) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """Phase 1: what was asked for, with the model and the text in memory."""
+
+    subject: Subject
+    text: CalibrationText
+    settings: ScoreSettings
+    progress: Progress
+    stopwatch: Stopwatch
+
+
+def _read(
+    checkpoint: Checkpoint,
+    calibration_paths: Sequence[Path],
+    settings: ScoreSettings,
+    device: str,
+    progress: Progress,
+) -> _Read:
+    stopwatch = Stopwatch()
+    progress.phase("reading the model", 1)
+    config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
+    # Cheap, and before what is not: a tokenizer or a graph that is wrong would be worth no score.
+    config = with_stop_tokens(config, checkpoint.stop_tokens(config, tokenizer))
+    runtime_tokenizer = checkpoint.runtime_tokenizer(config, tokenizer)
+    checked = check_graph(config) if settings.provider == "cpu" else None
+    text = load_calibration(calibration_paths, tokenizer, tokens=settings.tokens, seed=settings.seed)
+    model = checkpoint.load(_dtype(checkpoint)).to(device)
+    subject = Subject(
+        checkpoint=checkpoint,
+        config=config,
+        tokenizer=tokenizer,
+        runtime_tokenizer=runtime_tokenizer,
+        model=model,
+        sha256=checkpoint.sha256(),
+        whole_prompt_tokens=checked.whole_prompt if checked else 0,
+    )
+    progress.advance()
+    stopwatch.lap("read")
+    return _Read(subject=subject, text=text, settings=settings, progress=progress, stopwatch=stopwatch)
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """float32 where the model fits in half the memory that is free, else bfloat16. Sums are float32 either way."""
+    stored = sum(path.stat().st_size for path in checkpoint.files)
+    return torch.float32 if 2 * stored < psutil.virtual_memory().available // 2 else torch.bfloat16
+
+
+def _set_up(read: _Read, method: ScoringMethod, out: Path) -> Bench:
+    """Phase 2: the work folder of the map `out`, the graph, and its units, checked against the settings."""
+    work = Workspace.open(out, _work_key(read, method))
+    skeleton = _export(read.subject, read.settings, work)
+    units = [source.unit for source in skeleton.sources]
+    method.check(units)
+    read.stopwatch.lap("skeleton")
+    return Bench(
+        subject=read.subject,
+        text=read.text,
+        skeleton=skeleton,
+        blocks=rounded_blocks(method, units, read.settings.kernels),
+        settings=read.settings,
+        work=work,
+        progress=read.progress,
+        stopwatch=read.stopwatch,
+    )
+
+
+def _work_key(read: _Read, method: ScoringMethod) -> WorkKey:
     """What finished work depends on: another model, text, setting, version or set of forms starts anew."""
-    forms = forms_tried(quick=settings.quick, kernels=settings.kernels)
-    if settings.acip:
-        forms += labels_ranked(settings.acip.adapter_rank, quick=settings.quick, kernels=settings.kernels)
-    return {
-        "model": model_hash,
-        "calibration": calibration.sha256,
-        "settings": asdict(settings),
-        "schema": SCHEMA,
-        "versions": {"packager": __version__, "torch": torch.__version__},
-        "forms": forms,
-    }
-
-
-def _curvature(
-    model: torch.nn.Module,
-    group: Sequence[Source],
-    calibration: Calibration,
-    settings: ScoreSettings,
-    cache: Path,
-    progress: Progress,
-) -> dict[str, Curvature]:
-    if cache.is_file():
-        return load_curvature(cache, [source.unit.name for source in group], next(model.parameters()).device)
-    progress.phase(f"measuring curvature on {calibration.description}", len(calibration.windows))
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        progress.advance(count - done)
-        done = count
-
-    curvature = collect(
-        model,
-        group,
-        calibration.windows,
-        seed=settings.seed,
-        batch=1,
-        sampled=settings.sampled_labels,
-        progress=advance,
+    return WorkKey(
+        model=read.subject.sha256,
+        calibration=read.text.sha256,
+        settings=read.settings,
+        schema=SCHEMA,
+        versions={"packager": __version__, "torch": torch.__version__},
+        forms=labels_tried(method),
     )
-    for name, item in curvature.items():
-        if not all(bool(torch.isfinite(matrix).all()) for pair in item.pairs for matrix in pair):
-            raise CalibrationError(
-                f"{name}: its activations on the calibration text are not finite: the model overflows in float32 or "
-                f"the checkpoint is damaged"
-            )
-    save_curvature(cache, curvature)
-    return curvature
 
 
-def _rankings(
-    model: torch.nn.Module,
-    sources: Sequence[Source],
-    calibration: Calibration,
-    settings: ScoreSettings,
-    work: Path,
-    progress: Progress,
-) -> dict[str, Ranking]:
-    """ACIP's ranking of every linear unit. Curvature comes first: it gives the directions that are trained."""
-    assert settings.acip is not None
-    linear = [source for source in sources if source.unit.kind == "linear"]
-    if all(options_path(work, source.unit).exists() for source in linear):
-        return {}
-    for number, group in enumerate(groups(sources)):
-        missing = [
-            source for source in group if source.unit.kind == "linear" and not start_path(work, source.unit).exists()
-        ]
-        if missing:
-            curvature = _curvature(model, group, calibration, settings, curvature_path(work, number), progress)
-            progress.phase("taking layers apart", len(missing))
-            for source in missing:
-                prepare(work, source, model, curvature[source.unit.name], settings.acip)
-                progress.advance()
-    adapt_whole = not settings.float_only
-    return learn(
-        work,
-        model,
-        linear,
-        calibration.windows,
-        settings.acip,
-        seed=settings.seed,
-        adapt_whole=adapt_whole,
-        progress=progress,
+def _export(subject: Subject, settings: ScoreSettings, work: Workspace) -> Skeleton:
+    unfinished = MapFolder(root=work.folder)
+    folder = unfinished.skeleton_folder(settings.provider)
+    matrices, nodes = export_skeleton(subject.config, dict(vectors(subject.model)), settings.provider, folder)
+    return Skeleton(
+        graph=unfinished.skeleton(settings.provider).graph, nodes=nodes, sources=find_sources(matrices, subject.model)
     )
+
+
+def _make_options(bench: Bench, make: MakeOptions) -> None:
+    """Phase 3: the options of every unit into the work folder, a group of units at a time."""
+    for number, group in enumerate(groups(bench.sources)):
+        if all(bench.work.has_options(source.unit) for source in group):
+            continue
+        curvature = group_curvature(bench, number, group)
+        bench.stopwatch.lap("curvature")
+        bench.progress.phase("rounding and pricing options", len(group))
+        for source in group:
+            if not bench.work.has_options(source.unit):
+                # Let go of one by one: it is the largest thing in memory.
+                _make_unit_options(bench, make, source, curvature.pop(source.unit.name))
+            bench.progress.advance()
+        bench.work.drop_curvature(number)
+        del curvature  # what a resumed run had no use for
+        bench.stopwatch.lap("options")
 
 
 @torch.no_grad()
-def _score(
-    work: Path,
-    source: Source,
-    model: torch.nn.Module,
-    curvature: Curvature,
-    settings: ScoreSettings,
-    ranking: Ranking | None,
-) -> None:
-    """The options of one unit, made by the method that was asked for, into its file."""
-    unit, weights = source.unit, source.weight(model)
-    if ranking is None:
-        made = score_unit(unit, weights, curvature, quick=settings.quick, kernels=settings.kernels)
-    else:
-        start = load_start(work, unit, weights.device)
-        made = ranked_options(unit, weights, curvature, start, ranking, quick=settings.quick, kernels=settings.kernels)
-    save_options(work, unit, made)
+def _make_unit_options(bench: Bench, make: MakeOptions, source: Source, curvature: Curvature) -> None:
+    bench.work.save_options(source.unit, make(source.unit, source.weight(bench.model), curvature))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Measured:
-    """What the model itself said: the loss of each held-out token, the probes of each class, anchors along the map."""
+class _Familiarity:
+    """How well the model knows the held-out text, and what the user should know of that."""
 
-    token_nats: torch.Tensor
-    probes: tuple[Probe, ...]
-    anchors: tuple[Anchor, ...]
+    nats_per_byte: float
+    warnings: tuple[str, ...]
 
 
-@torch.no_grad()
-def _measure(
-    work: Path,
-    sources: Sequence[Source],
-    model: torch.nn.Module,
-    heldout: torch.Tensor,
-    settings: ScoreSettings,
-    progress: Progress,
-) -> tuple[ScoreMap, _Measured]:
-    """The map with its prices corrected by probes, and the curve through its anchors.
+def _familiarity(bench: Bench, measured: Measured) -> _Familiarity:
+    per_byte = nats_per_byte(measured.token_nats.cpu(), bench.heldout, bench.subject.tokenizer)
+    warning = unfamiliar(bench.text.description, measured.heldout_nats, per_byte)
+    if warning:
+        bench.progress.warn(warning)
+    return _Familiarity(nats_per_byte=per_byte, warnings=(warning,) if warning else ())
 
-    ACIP's prices take one factor for the whole depth: several would change its order.
-    """
-    units = [source.unit for source in sources]
-    options = [load_options(work, unit) for unit in units]
-    ledger = Ledger(work / LEDGER_FILE)
 
-    def load(source: Source, option: Option) -> torch.Tensor:
-        return load_weights(work, source.unit, option)
+def _price_kv_cache(bench: Bench) -> KvCachePrice:
+    """Phase 5, after probes and anchors: what an 8-bit key/value cache costs."""
+    bench.progress.phase("measuring an 8-bit cache", 1)
+    facts = cache_facts(ir.load(bench.skeleton.graph).graph, bench.settings.provider)
+    windows, heldout = bench.text.windows[:_KV_CACHE_WINDOWS], first_half(bench.heldout)
+    price = price_kv_cache(bench.model, facts, windows, heldout, bench.work.ledger)
+    bench.progress.advance()
+    bench.stopwatch.lap("cache")
+    return price
 
-    def ask(observer: Observer, windows: int, chosen: dict[str, Option]) -> tuple[float, float]:
-        """Divergence and rise with the chosen options, from the ledger where they were measured before."""
 
-        def measure() -> tuple[float, float]:
-            with perturbed(model, sources, chosen, load, rounds_inputs=settings.kernels.rounds_inputs):
-                return observer.measure()
-
-        return ledger.recall(
-            sha256_json({"windows": windows, "forms": {name: option.form.label for name, option in chosen.items()}}),
-            measure,
-        )
-
-    bands, levels = 1 if settings.quick or settings.acip else 3, QUICK_ANCHOR_NATS if settings.quick else ANCHOR_NATS
-    sets = probe_sets(units, options, bands)
-    progress.phase("probing what perturbations cost", len(sets) + len(levels) + 2)
-    observer, glance = Observer(model, heldout), Observer(model, _half(heldout))
-    if not bool(torch.isfinite(observer.token_nats).all()):
-        raise CalibrationError(
-            "the model's loss on the held-out text is not finite: the model overflows or the checkpoint is damaged"
-        )
-    progress.advance()
-    probes = []
-    for kind, chosen in sets.items():
-        divergence, _ = ask(glance, len(_half(heldout)), chosen)
-        probes.append(
-            Probe(
-                kind=kind, predicted_nats=sum(option.loss_nats for option in chosen.values()), measured_nats=divergence
-            )
-        )
-        progress.advance()
-    scoremap = make_map(units, corrected(units, options, multipliers(probes), bands))
-    anchors = []
-    for prefix in anchor_prefixes(scoremap, levels):
-        choice = choice_at(scoremap, prefix)
-        taken = {unit.name: chain[index] for unit, chain, index in zip(units, scoremap.options, choice, strict=True)}
-        divergence, rise = ask(observer, len(heldout), taken)
-        # Small rises drown in the noise of the text; there the divergence, which has none, stands for them.
-        measured = rise if rise > _NOISY_NATS else divergence
-        anchors.append(Anchor(priced_nats=total_loss(scoremap, choice), measured_nats=measured))
-        progress.advance()
-    return scoremap, _Measured(token_nats=observer.token_nats, probes=tuple(probes), anchors=monotone(anchors))
+def _publish(content: MapContent, out: Path, *, force: bool) -> MapIdentity:
+    """Phase 6: the map under its name; the work folder goes."""
+    bench = content.bench
+    bench.progress.phase("writing the map", 1)
+    with published_folder(out, MAP, force=force) as staging:
+        identity = write_map(staging, content)
+    bench.work.remove()
+    bench.progress.advance()
+    bench.stopwatch.lap("write")
+    return identity

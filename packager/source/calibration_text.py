@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from packager.errors import CalibrationError
+from packager.source.text_records import Conversation, Render
+from packager.source.text_samples import LIMIT, read_beginning, read_sample
 
 WINDOW = 512
 HELDOUT_WINDOWS = 8
@@ -22,12 +24,11 @@ _LEAST_WINDOWS = 4
 # model: English, C and Python 0.5 to 0.75; seven languages it hardly saw 1.1 to 2.3; shuffled words 1.7; noise 2.4 to
 # 5.
 _UNFAMILIAR = 0.9
-_MOST_CHARACTERS = 16_000_000
 _MOST_TOKEN_CHARACTERS = 16  # of ordinary text a window of tokens never needs more on average
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
+class CalibrationText:
     """`windows` (n, 512) and `heldout` (8, 512) of token ids, disjoint; where they come from, and their hash."""
 
     windows: Tensor
@@ -44,31 +45,38 @@ def built_in_text() -> str:
 
 def load_calibration(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
-) -> Calibration:
-    """About `tokens` tokens in equal shares from each path, and held-out windows that calibration never sees.
+) -> CalibrationText:
+    """About `tokens` tokens in shares by length from each path, and held-out windows that calibration never sees.
+
+    Of a text of more than 4,000,000 characters only pieces are read, from all over it (`text_samples`); a shorter one
+    is cut into windows whole. Either way the choice is the seed's: more `tokens` add windows to the same ones. A path
+    is a file of a kind that `text_files` reads, or a folder of them.
 
     Raises CalibrationError for files that are missing, empty, malformed or together too short.
     """
+    wanted = max(1, -(-tokens // WINDOW))
+    render = chat_renderer(tokenizer)
     if paths:
-        texts = [_read(path) for path in paths]
-        description = ", ".join(path.name for path in paths)
+        texts = [read_sample(path, "calibration text", render, seed) for path in paths]
+        description = ", ".join(path.name or path.resolve().name for path in paths)
     else:
         texts, description = [built_in_text()], "built-in text (CPython's language reference)"
-    pools = [_windows(text, tokenizer) for text in texts]
-    found = sum(len(pool) for pool in pools)
+    pools = [
+        _whole_pool(text, tokenizer) if isinstance(text, str) else _sampled_pool(text, tokenizer, wanted)
+        for text in texts
+    ]
+    found = sum(len(pool.windows) for pool in pools)
     if found < _LEAST_WINDOWS:
         raise CalibrationError(
             f"calibration text {description} is too short: {found} windows of {WINDOW} tokens, expected at least "
             f"{_LEAST_WINDOWS}; add text with --calibration"
         )
     heldout_count = min(HELDOUT_WINDOWS, found // 4)
-    wanted = max(1, -(-tokens // WINDOW))
     generator = torch.Generator().manual_seed(seed)
-    order = [pool[torch.randperm(len(pool), generator=generator)] for pool in pools]
-    mixed = _interleave(order)
+    mixed = _interleave([pool if pool.mixed else pool.shuffled(generator) for pool in pools])
     heldout, windows = mixed[:heldout_count], mixed[heldout_count : heldout_count + wanted]
     digest = hashlib.sha256(torch.cat([windows, heldout]).to(torch.int64).numpy().tobytes()).hexdigest()
-    return Calibration(windows=windows, heldout=heldout, description=description, sha256=digest)
+    return CalibrationText(windows=windows, heldout=heldout, description=description, sha256=digest)
 
 
 def nats_per_byte(token_nats: Tensor, windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -94,16 +102,74 @@ def unfamiliar(description: str, per_token: float, per_byte: float) -> str | Non
 
 def text_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
     """The first windows of a text, at most `count`: (n, 512) token ids. CalibrationError when there is not one."""
-    windows = _windows(_read(path, "text")[: count * WINDOW * _MOST_TOKEN_CHARACTERS], tokenizer)[:count]
+    text = read_beginning(path, "text", chat_renderer(tokenizer), count * WINDOW * _MOST_TOKEN_CHARACTERS)
+    windows = _windows(text, tokenizer)[:count]
     if not len(windows):
         raise CalibrationError(f"text {path} is too short: expected at least one window of {WINDOW} tokens")
     return windows
 
 
-def _interleave(pools: Iterable[Tensor]) -> Tensor:
-    """One window of each pool in turn, until all are spent."""
+def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """What turns a conversation into the text that the model reads: the tokenizer's chat template."""
+
+    def render(turns: Conversation) -> str:
+        if not tokenizer.chat_template:
+            raise CalibrationError(
+                "a conversation, and the model has no chat template to write it with: give plain text, or a field "
+                "'text'"
+            )
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+    return render
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pool:
+    """The windows of one text, and `length`, how many the text has by which it shares. `mixed` once their order is
+    chance."""
+
+    windows: Tensor
+    length: int
+    mixed: bool
+
+    def shuffled(self, generator: torch.Generator) -> _Pool:
+        order = torch.randperm(len(self.windows), generator=generator)
+        return _Pool(windows=self.windows[order], length=self.length, mixed=True)
+
+
+def _whole_pool(text: str, tokenizer: PreTrainedTokenizerBase) -> _Pool:
+    windows = _windows(text, tokenizer)
+    return _Pool(windows=windows, length=len(windows), mixed=False)
+
+
+def _sampled_pool(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int) -> _Pool:
+    """Windows for calibration and holding out from the first pieces that have any: one of each piece, and where that
+    is not enough the pieces' others after them."""
+    needed = max(4 * HELDOUT_WINDOWS, HELDOUT_WINDOWS + wanted)
+    firsts: list[Tensor] = []
+    others: list[Tensor] = []
+    seen = 0  # characters of the pieces of the least sample, which is the same however many tokens are wanted
+    least = 0
+    for piece in itertools.takewhile(lambda _: len(firsts) < needed, pieces):
+        windows = _windows(piece, tokenizer)
+        firsts.extend(windows[:1])
+        if len(others) < needed:
+            others.extend(windows[1:])
+        if len(firsts) <= 4 * HELDOUT_WINDOWS:
+            seen, least = seen + len(piece), least + len(windows)
+    # Larger texts share as one of the limit does: more of them would leave next to nothing for the others.
+    length = max(1, LIMIT * least // max(1, seen))
+    chosen = [*firsts, *others][:needed]
+    windows = torch.stack(chosen) if chosen else torch.zeros((0, WINDOW), dtype=torch.int64)
+    return _Pool(windows=windows, length=max(length, len(windows)), mixed=True)
+
+
+def _interleave(pools: Iterable[_Pool]) -> Tensor:
+    """One window of each pool in turn, as often as the pools are long, until all are spent."""
     keyed = [
-        (index / len(pool), number, window) for number, pool in enumerate(pools) for index, window in enumerate(pool)
+        (index / pool.length, number, window)
+        for number, pool in enumerate(pools)
+        for index, window in enumerate(pool.windows)
     ]
     keyed.sort(key=lambda item: item[:2])
     return torch.stack([window for _, _, window in keyed])
@@ -112,69 +178,10 @@ def _interleave(pools: Iterable[Tensor]) -> Tensor:
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """(n, 512) token ids: the text as one stream, each window opened with the model's start token where it has one."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    # A model that its tokenizer gives a start token expects one in front of everything.
-    opened = tokenizer("a").input_ids
-    start = opened[:1] if tokenizer.bos_token_id is not None and opened[:1] == [tokenizer.bos_token_id] else []
+    # A model that its tokenizer gives start tokens expects them in front of everything.
+    opened, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    start: list[int] = next((opened[:at] for at in range(len(opened)) if opened[at : at + len(bare)] == bare), [])
     body = WINDOW - len(start)
     count = len(ids) // body
     stream = torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, len(start)), stream], dim=1)
-
-
-def _read(path: Path, what: str = "calibration text") -> str:
-    try:
-        if path.suffix == ".parquet":
-            text = "\n\n".join(_parquet_texts(path))
-        elif path.suffix == ".jsonl":
-            text = "\n\n".join(_jsonl_texts(path))
-        else:
-            text = path.read_text(encoding="utf-8")[:_MOST_CHARACTERS]
-    except FileNotFoundError:
-        raise CalibrationError(f"{what} {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{what} {path} cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise CalibrationError(f"{what} {path} is empty")
-    return text
-
-
-def _jsonl_texts(path: Path) -> list[str]:
-    texts, size = [], 0
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise CalibrationError(f"{path}, line {number}: expected a JSON object with a field 'text' of text")
-            texts.append(text)
-            size += len(texts[-1])
-            if size > _MOST_CHARACTERS:
-                break
-    return texts
-
-
-def _parquet_texts(path: Path) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            raise CalibrationError(f"{path} has columns {table.schema_arrow.names}: expected a column 'text'")
-        kind = table.schema_arrow.field("text").type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise CalibrationError(f"{path}: its column 'text' holds {kind}: expected text")
-        texts, size = [], 0
-        for batch in table.iter_batches(columns=["text"], batch_size=1024):
-            for value in batch.column(0).to_pylist():
-                texts.append(value or "")
-                size += len(texts[-1])
-            if size > _MOST_CHARACTERS:
-                break
-        return texts
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise CalibrationError(f"{path} is not a readable Parquet file: {error}") from error

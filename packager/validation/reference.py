@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from packager.bundle.manifest import Manifest
-from packager.bundle.writer import GRAPH_FILE, REFERENCE_FILE
-from packager.errors import ArtifactError
-from packager.forms.packing import dequantize
-from packager.forms.registry import Form
-from packager.graph.kv_cache_codes import read_scales
+from packager.bundle.golden import GoldenPrompt, GoldenText, write_golden_file
+from packager.bundle.manifest import BundleUnit
+from packager.bundle.opening import OpenedBundle
+from packager.bundle.weights import unit_tensors
 from packager.profile import INT8
 from packager.source.kv_cache_rounding import cache_keyword, rounding, tap
 from packager.source.unit_weights import find_sources, matrices_of
@@ -42,16 +39,10 @@ GREEDY_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """A torch model with a bundle's weights, whose cache rounds as the bundle's does, and its tokenizer.
-
-    `heldout` (n, length) are the held-out windows of its map, cut to the bundle's context; `source_nats`
-    (n, length - 1) is what each of their tokens costs the source model.
-    """
+    """A torch model with a bundle's weights, whose cache rounds as the bundle's does, and its tokenizer."""
 
     model: torch.nn.Module
     tokenizer: Any
-    heldout: torch.Tensor
-    source_nats: torch.Tensor
 
     @torch.no_grad()
     def exact_logits(self, window: torch.Tensor) -> torch.Tensor:
@@ -61,23 +52,23 @@ class Reference:
         return logits
 
 
-def load_reference(root: Path, manifest: Manifest) -> Reference:
-    """Rebuild the bundle in `root` in torch: architecture from config.json, vectors from reference.safetensors, every
-    matrix dequantised from the bytes of the graph's weights."""
-    stored = load_file(root / REFERENCE_FILE)
+def load_reference(bundle: OpenedBundle) -> Reference:
+    """Rebuild a bundle in torch: architecture from its configuration, vectors from its reference file, every matrix
+    dequantised from the bytes of the graph's weights."""
+    root, manifest, stored = bundle.folder.root, bundle.manifest, bundle.folder.reference
+    vectors = stored.vectors()
     config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     sources = find_sources(matrices_of((unit.matrix, unit.rows, unit.cols) for unit in manifest.units), model)
-    graph = ir.load(root / GRAPH_FILE).graph
+    graph = ir.load(bundle.folder.graph).graph
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.copy_(torch.from_numpy(stored[f"vector.{name}"]))
+                parameter.copy_(torch.from_numpy(vectors[name]))
         for source, unit in zip(sources, manifest.units, strict=True):
-            weights = _weights(graph, unit.name, unit.parsed(), unit.rows, unit.cols)
-            source.weight(model).copy_(torch.from_numpy(weights))
+            source.weight(model).copy_(torch.from_numpy(_weights(graph, unit)))
     if manifest.cache == INT8:
-        scales = read_scales(root / REFERENCE_FILE)
+        scales = stored.kv_scales()
         tap(
             model,
             rounding(
@@ -85,27 +76,17 @@ def load_reference(root: Path, manifest: Manifest) -> Reference:
             ),
         )
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-    length = manifest.bounds.context_tokens
-    return Reference(
-        model=model,
-        tokenizer=tokenizer,
-        heldout=torch.from_numpy(stored["heldout"].astype(np.int64))[:, :length],
-        source_nats=torch.from_numpy(stored["heldout_nats"])[:, : length - 1],
+    return Reference(model=model, tokenizer=tokenizer)
+
+
+def _weights(graph: ir.Graph, unit: BundleUnit) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The (rows, cols) matrix of a unit, in memory of its own. Its file is let go of: nothing of the bundle stays
+    mapped here."""
+    stored = unit_tensors(graph, unit)
+    # No name may hold on to what lies in the file: it could not be let go of.
+    weights = unit.parsed().dequantize(
+        {part: np.asarray(tensor.numpy()) for part, tensor in stored.items()}, unit.rows, unit.cols
     )
-
-
-def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The (rows, cols) matrix of unit `name`, from the initializers that surgery named after it, in memory of its own.
-
-    Their file is let go of: nothing of the bundle stays mapped here.
-    """
-    stored = {}
-    for part in form.tensors(rows, cols):
-        value = graph.initializers.get(f"{name}.{part}")
-        if value is None or value.const_value is None:
-            raise ArtifactError(f"the graph has no {name}.{part}: graph and manifest do not belong together")
-        stored[part] = value.const_value
-    weights = dequantize(form, {part: np.asarray(tensor.numpy()) for part, tensor in stored.items()}, rows, cols)
     for tensor in stored.values():
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()
@@ -114,29 +95,24 @@ def _weights(graph: ir.Graph, name: str, form: Form, rows: int, cols: int) -> np
 
 @torch.no_grad()
 def write_golden(reference: Reference, out: Path, *, context_tokens: int) -> None:
-    """Fixed prompts and texts with what the reference makes of them: token ids, last logits (vocabulary,), greedy
-    tokens, and at each the gap between the two best logits."""
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    """Fixed prompts and texts with what the reference makes of them: token ids, with special tokens and (plain)
+    without, last logits (vocabulary,), greedy tokens, and at each the gap between the two best logits. And the tokens
+    at which the model stops."""
     steps = min(GREEDY_TOKENS, context_tokens // 4)
-    for number, prompt in enumerate(PROMPTS):
+    prompts, texts = [], []
+    for prompt in PROMPTS:
         ids = reference.tokenizer(prompt)["input_ids"][: context_tokens - steps]
-        first, greedy, gaps = _greedy(reference.model, ids, steps)
-        tensors[f"prompt.{number}.ids"] = np.array(ids, np.int32)
-        tensors[f"prompt.{number}.logits"] = first
-        tensors[f"prompt.{number}.greedy"] = np.array(greedy, np.int32)
-        tensors[f"prompt.{number}.gaps"] = np.array(gaps, np.float32)
-    for number, text in enumerate(TEXTS):
+        prompts.append(_greedy(reference.model, ids, steps))
+    for text in TEXTS:
         ids = reference.tokenizer(text)["input_ids"]
-        decoded = reference.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        tensors[f"text.{number}.bytes"] = np.frombuffer(text.encode(), np.uint8)
-        tensors[f"text.{number}.ids"] = np.array(ids, np.int32)
-        tensors[f"text.{number}.decoded"] = np.frombuffer(decoded.encode(), np.uint8)
-    save_file(tensors, out)
+        plain = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+        decoded = reference.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts.append(GoldenText(text=text, ids=ids, plain=plain, decoded=decoded))
+    stops = getattr(reference.model.config, "eos_token_id", None)
+    write_golden_file(out, prompts, texts, stops if isinstance(stops, list) else [] if stops is None else [stops])
 
 
-def _greedy(
-    model: torch.nn.Module, ids: Sequence[int], steps: int
-) -> tuple[np.ndarray[Any, Any], list[int], list[float]]:
+def _greedy(model: torch.nn.Module, ids: Sequence[int], steps: int) -> GoldenPrompt:
     sequence, greedy, gaps, first = list(ids), [], [], None
     for _ in range(steps):
         logits = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, -1].float()
@@ -146,4 +122,4 @@ def _greedy(
         gaps.append(float(best.values[0] - best.values[1]))
         sequence.append(greedy[-1])
     assert first is not None
-    return first, greedy, gaps
+    return GoldenPrompt(ids=ids, logits=first, greedy=greedy, gaps=gaps)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from packager.bundle.folder import BundleFolder
+from packager.bundle.manifest import Measured, Predicted
 from packager.errors import ArtifactError
 from packager.io.files import dump_json, read_json, write_text
+from packager.io.records import from_plain, without_none
 from packager.sizes import format_size
 
 SCHEMA = 1
-REPORT_FILE = "report.json"
-ROUND_KEYS = ("predicted_bytes", "measured_bytes", "file_bytes", "context_tokens")
+
+Value = int | float | str | None
+"""What a check measured, or is held against."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,23 +26,46 @@ class Check:
     """One measurement against one limit. `passed` is None for what is only reported."""
 
     name: str
-    value: Any
-    limit: Any
+    value: Value
+    limit: Value
     unit: str
     passed: bool | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One build of the closed loop: what was planned, what was kept free beside the prediction, and the peak that was
+    measured, 0 where the run failed."""
+
+    context_tokens: int
+    cache: str
+    file_bytes: int
+    loss_nats: float
+    predicted_bytes: int
+    measured_bytes: int
+    reserve_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What the bundle was asked at the end of the acceptance test, and what it answered."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationReport:
-    """All checks of one bundle, named by hash, and how they came about. `rounds` tells of each build that led here."""
+    """All checks of one bundle, named by hash, and how they came about. `rounds` tells of each build that led here;
+    `answer` is None where the acceptance test did not finish."""
 
     bundle_sha256: str
     checks: tuple[Check, ...]
     enforced_by: str | None
-    measured: dict[str, Any]
-    predicted: dict[str, Any]
-    answer: dict[str, str]
-    rounds: tuple[dict[str, Any], ...] = ()
+    measured: Measured
+    predicted: Predicted
+    answer: Answer | None
+    rounds: tuple[Round, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -46,43 +74,51 @@ class ValidationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `report.json`."""
-        return {"schema": SCHEMA, "passed": self.passed} | asdict(self)
+        plain = asdict(self) | {"measured": without_none(self.measured)}
+        # An object even where there was no answer: that is how readers of the file know it.
+        return {"schema": SCHEMA, "passed": self.passed} | plain | {"answer": plain["answer"] or {}}
 
 
-def write_report(report: ValidationReport, out: Path) -> None:
-    """`report.json` and `report.html` into folder `out`."""
-    write_text(out / REPORT_FILE, dump_json(report.to_dict()))
-    write_text(out / "report.html", to_html(report))
+def write_report(report: ValidationReport, root: Path) -> None:
+    """`report.json` and `report.html` into the bundle in folder `root`."""
+    folder = BundleFolder(root=root)
+    write_text(folder.report, dump_json(report.to_dict()))
+    write_text(folder.report_page, to_html(report))
 
 
-def earlier_rounds(folder: Path, bundle_sha256: str) -> tuple[dict[str, Any], ...]:
-    """The builds that led to the bundle in `folder`, from the report that lies there; none where that is of another
-    bundle or no report."""
+def earlier_rounds(root: Path, bundle_sha256: str) -> tuple[Round, ...]:
+    """The builds that led to the bundle in folder `root`, from the report that lies there; none where that is of
+    another bundle or no report. What cannot be read is left out."""
+    path = BundleFolder(root=root).report
     try:
-        report = read_json(folder / REPORT_FILE)
+        report = read_json(path)
     except ArtifactError:
         return ()
     rounds = report.get("rounds")
     if report.get("bundle_sha256") != bundle_sha256 or not isinstance(rounds, list):
         return ()
-    return tuple(
-        item for item in rounds if isinstance(item, dict) and all(isinstance(item.get(key), int) for key in ROUND_KEYS)
+    found = []
+    for item in rounds:
+        with contextlib.suppress(ArtifactError):
+            found.append(from_plain(Round, item, str(path)))
+    return tuple(found)
+
+
+def round_text(number: int, item: Round) -> str:
+    """One build of the closed loop, for people."""
+    measured = f"measured {format_size(item.measured_bytes)}" if item.measured_bytes else "not measured"
+    return (
+        f"build {number}: predicted peak {format_size(item.predicted_bytes)}, {measured}, weights "
+        f"{format_size(item.file_bytes)}, context {item.context_tokens} tokens"
     )
 
 
-def round_text(number: int, item: dict[str, Any]) -> str:
-    """One build of the closed loop, for people."""
-    predicted, weights = (format_size(item[key]) for key in ("predicted_bytes", "file_bytes"))
-    measured = f"measured {format_size(item['measured_bytes'])}" if item["measured_bytes"] else "not measured"
-    return f"round {number}: predicted {predicted}, {measured}, weights {weights}, context {item['context_tokens']}"
-
-
-def shown(value: Any, unit: str) -> str:
+def shown(value: Value, unit: str) -> str:
     """A value as a person reads it."""
     if value is None:
         return "-"
-    if unit == "bytes":
-        return f"{format_size(value)} ({int(value):,})"
+    if unit == "bytes" and not isinstance(value, str):
+        return f"{format_size(int(value))} ({int(value):,})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -103,7 +139,7 @@ def to_html(report: ValidationReport) -> str:
         f"{cell('' if check.unit == 'bytes' else check.unit)}{cell(verdict(check))}</tr>"
         for check in report.checks
     )
-    terms = report.predicted["memory"]["phases"][report.predicted["memory"]["peak_phase"]]
+    terms = report.predicted.memory.terms
     widest = max(1, *(abs(size) for size in terms.values()))
     bars = "".join(
         f"<tr>{cell(name)}{cell(format_size(size))}<td><div "
@@ -118,6 +154,7 @@ def to_html(report: ValidationReport) -> str:
         if report.enforced_by
         else "memory limit not enforced: this system offers none"
     )
+    prompt, answer = (report.answer.prompt, report.answer.text) if report.answer else ("", "")
     return f"""<!doctype html><meta charset=utf-8><title>Validation report</title>
 <style>body{{font:16px system-ui;margin:2em;max-width:70em}}
 td,th{{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}}
@@ -125,8 +162,8 @@ td,th{{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}}
 div{{background:#47a;height:.8em}}</style>
 <h1>{"Valid" if report.passed else "NOT valid"}</h1><p>Bundle {report.bundle_sha256}; {html.escape(limit)}.</p>
 <table><tr><th>check<th>value<th>limit<th>unit<th>verdict</tr>{rows}</table>
-<h2>Predicted memory at the peak ({html.escape(report.predicted["memory"]["peak_phase"])})</h2><table>{bars}</table>
+<h2>Predicted memory at the peak ({html.escape(report.predicted.memory.peak_phase)})</h2><table>{bars}</table>
 <h2>Builds until it fit</h2><ul>{rounds}</ul>
-<h2>A sentence</h2><p>{html.escape(report.answer.get("prompt", ""))}</p>
-<blockquote>{html.escape(report.answer.get("text", ""))}</blockquote>
+<h2>What it answers</h2><p>{html.escape(prompt)}</p>
+<blockquote>{html.escape(answer)}</blockquote>
 """

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from packager.bundle.folder import BundleFolder
+from packager.bundle.manifest import Measured, Predicted
 from packager.cli.render import frontier_text, plan_text, report_text
 from packager.io.files import dump_json
 from packager.memory.model import MemoryEstimate, MemoryItem, MemoryPhase
 from packager.planning.plan import Plan
-from packager.validation.report import REPORT_FILE, Check, ValidationReport, earlier_rounds, to_html
+from packager.planning.predicted_memory import predicted_memory
+from packager.validation.report import Check, Round, ValidationReport, earlier_rounds, to_html
 
 MIB = 1 << 20
 MEMORY = MemoryEstimate(
@@ -41,36 +44,39 @@ PLAN = Plan(
     ratio=0.25,
     loss_nats=0.0456,
     peak_bytes=180 * MIB,
-    memory=MEMORY.to_dict(),
+    memory=predicted_memory(MEMORY),
     cache="int8",
     cache_nats=0.0012,
     cache_note="with a float cache the loss would be +0.0500",
 )
-ROUND = {
-    "context_tokens": 512,
-    "cache": "int8",
-    "file_bytes": 90 * MIB,
-    "predicted_bytes": 180 * MIB,
-    "measured_bytes": 190 * MIB,
-}
+ROUND = Round(
+    context_tokens=512,
+    cache="int8",
+    file_bytes=90 * MIB,
+    loss_nats=0.05,
+    predicted_bytes=180 * MIB,
+    measured_bytes=190 * MIB,
+    reserve_bytes=0,
+)
+PLAIN = dataclasses.asdict(ROUND)
 REPORT = ValidationReport(
     bundle_sha256="2" * 64,
     checks=(
-        Check(name="peak memory of the process", value=190 * MIB, limit=200 * MIB, unit="bytes", passed=True),
-        Check(name="hard limit during the test", value="cgroup v2", limit=200 * MIB, unit="", passed=None),
+        Check(name="peak resident memory of the process", value=190 * MIB, limit=200 * MIB, unit="bytes", passed=True),
+        Check(name="memory limit enforced during the test", value="cgroup v2", limit=200 * MIB, unit="", passed=None),
     ),
     enforced_by="cgroup v2",
-    measured={},
-    predicted={"memory": MEMORY.to_dict()},
-    answer={},
-    rounds=({**ROUND, "measured_bytes": 0}, ROUND),
+    measured=Measured(),
+    predicted=Predicted(peak_bytes=180 * MIB, loss_nats=0.0456, file_bytes=100 * MIB, memory=predicted_memory(MEMORY)),
+    answer=None,
+    rounds=(dataclasses.replace(ROUND, measured_bytes=0), ROUND),
 )
 
 
 def test_a_plan_shows_every_term_with_a_bar_and_what_is_left() -> None:
     assert plan_text(PLAN).splitlines() == [
         "profile      box: budget 200 MiB, context 512 tokens",
-        "chosen       100 MiB of weights, 25.0% of the float16 model (7 of 9 moves)",
+        "chosen       100 MiB of weights, 25.0% of the float16 model (7 of 9 compression steps taken)",
         "forms        2 × q4g64z, 1 × q8g64",
         "cache        int8 (+0.0012 nats): with a float cache the loss would be +0.0500",
         "predicted    loss +0.0456 nats per token; peak 180 MiB in prefill",
@@ -107,8 +113,8 @@ def test_a_frontier_names_the_cache_of_every_row() -> None:
 
 def test_a_report_tells_of_every_build() -> None:
     rounds = [
-        "round 1: predicted 180 MiB, not measured, weights 90.0 MiB, context 512",
-        "round 2: predicted 180 MiB, measured 190 MiB, weights 90.0 MiB, context 512",
+        "build 1: predicted peak 180 MiB, not measured, weights 90.0 MiB, context 512 tokens",
+        "build 2: predicted peak 180 MiB, measured 190 MiB, weights 90.0 MiB, context 512 tokens",
     ]
     assert report_text(REPORT).splitlines()[-3:] == [*rounds, "VALID"]
     assert all(f"<li>{line}</li>" in to_html(REPORT) for line in rounds)
@@ -120,13 +126,13 @@ def test_a_report_tells_of_every_build() -> None:
         (dump_json(REPORT.to_dict()), 2),
         (dump_json(REPORT.to_dict() | {"bundle_sha256": "3" * 64}), 0),
         (dump_json(REPORT.to_dict() | {"rounds": 3}), 0),
-        (dump_json(REPORT.to_dict() | {"rounds": [3, {}, {**ROUND, "file_bytes": "90 MiB"}, ROUND]}), 1),
+        (dump_json(REPORT.to_dict() | {"rounds": [3, {}, PLAIN | {"file_bytes": "90 MiB"}, PLAIN]}), 1),
         ("{", 0),
         (None, 0),
     ],
 )
 def test_earlier_builds_are_kept_by_a_report_of_the_same_bundle(tmp_path: Path, content: str | None, kept: int) -> None:
     if content is not None:
-        (tmp_path / REPORT_FILE).write_text(content)
+        BundleFolder(root=tmp_path).report.write_text(content)
     found = earlier_rounds(tmp_path, REPORT.bundle_sha256)
     assert found == REPORT.rounds[len(REPORT.rounds) - kept :]

@@ -171,7 +171,7 @@ def test_the_map_of_other_settings_is_replaced_by_force(
         "-o",
         out,
     )
-    assert read_identity(map_copy).settings["seed"] == 3
+    assert read_identity(map_copy).settings.seed == 3
     assert names(map_copy.parent) == ["copy.map", "out.bundle"]
 
 
@@ -208,11 +208,12 @@ def test_a_text_that_the_model_does_not_know_is_warned_of(kind: str, taught: Pic
 def test_scoring_says_its_time_and_its_memory(taught: Pico, calibration_text: Path, tmp_path: Path) -> None:
     command = ["score", taught.folder, "-o", tmp_path / "out.map", "--calibration", calibration_text, *SCORE]
     found = succeed(*command, "--json").json
-    assert list(found["seconds"]) == ["read", "skeleton", "curvature", "options", "probes", "cache", "write"]
+    phases = ["read", "skeleton", "curvature", "options", "probes", "cache", "write"]
+    assert set(found["seconds"]) == set(phases)
     assert all(taken >= 0 for taken in found["seconds"].values())
     assert found["peak_bytes"] > 100 << 20
     lines = [line.split() for line in succeed(*command, "--force").out.splitlines()]
-    assert [line[0] for line in lines[2:]] == [*found["seconds"], "total", "peak"]
+    assert [line[0] for line in lines[2:]] == [*phases, "total", "peak"]
     assert float(lines[-2][1]) == pytest.approx(sum(float(line[1]) for line in lines[2:-2]), abs=0.5)
 
 

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Pico, make_tokenizer, random_model
 from test_cli import Stop, least_budget, names, packager_, profile, succeed  # noqa: F401  the fixture `profile` is used by name
 
-from packager.bundle.writer import GRAPH_FILE, open_bundle
+from packager.bundle.folder import GRAPH_FILE
+from packager.bundle.opening import open_bundle
 from packager.cli.progress_bars import Bars
-from packager.forms.registry import FloatForm, LowRankForm, PivotForm, parse_form
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import parse_form
 from packager.profile import profile_folder
 from packager.runtime.sessions import full_logits_session, run_window
 from packager.scoremap.model import read_map
@@ -168,8 +173,8 @@ def test_an_accelerator_of_float16_alone_gets_low_rank_in_float16(
     ]
     assert {label.rpartition(".")[2] for label in plan["choices"].values()} == {"f16"}
     assert any(label.startswith("p") for label in plan["choices"].values())
-    torch_side = load_reference(out, open_bundle(out))
-    window = torch_side.heldout[0]
+    bundle = open_bundle(out)
+    torch_side, window = load_reference(bundle), torch.from_numpy(bundle.folder.reference.held_out().windows[0])
     expected, _ = token_losses(torch_side.model, window)
     found = run_window(full_logits_session(out / GRAPH_FILE, threads=1), window.numpy())
     # Float16 carries eleven bits; the model's own spread is what an error is held against.
@@ -275,5 +280,5 @@ def test_settings_of_acip_need_acip(picos: Callable[[str], Pico], tmp_path: Path
     done = packager_("score", picos("llama").folder, "--acip-steps", 10, "-o", tmp_path / "x.map")
     assert (done.code, done.err) == (
         2,
-        "packager: the --acip-… settings are of another method: add --method acip, or leave them out\n",
+        "packager: ACIP's settings are of another method: ask for the method acip (--method acip), or leave them out\n",
     )

@@ -12,7 +12,7 @@ from conftest import Pico
 from test_cli import least_budget, packager_, succeed
 from test_cli import profile as profile  # a fixture
 
-from packager.bundle.writer import GRAPH_FILE
+from packager.bundle.folder import GRAPH_FILE
 
 
 def scales_of(bundle: Path) -> dict[str, np.ndarray]:

@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 from conftest import Pico
 
-from packager.bundle.writer import open_bundle
-from packager.planning.plan import load_map, read_plan
-from packager.scoremap.identity import check_files
+from packager.bundle.opening import open_bundle
+from packager.planning.plan import read_plan
+from packager.scoremap.opening import open_map
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or not Path("/proc/self/environ").exists(), reason="needs fork and /proc"
@@ -128,7 +128,7 @@ def whole_or_absent(verb: str, target: Path) -> None:
     if verb.startswith("build") and target.exists():
         open_bundle(target)
     elif verb == "score" and target.exists():
-        check_files(target, load_map(target).identity)
+        open_map(target).check_files()
     elif verb == "plan" and target.exists():
         read_plan(target)
     elif verb == "validate":

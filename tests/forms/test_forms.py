@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.forms.registry import (
-    BITS,
-    BLOCKS,
-    BlockForm,
-    FloatForm,
-    Form,
-    LowRankForm,
-    PivotForm,
-    SplitForm,
-    form_bytes,
-    form_nodes,
-    has_kernels,
-    parse_form,
-)
+from packager.forms.base import TableForm
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.drawing import Kernel
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import FORMS, Form, form_bytes, form_nodes, has_kernels, parse_form
+from packager.forms.split import SplitForm
 
 block_forms = st.builds(BlockForm, bits=st.sampled_from(BITS), block=st.sampled_from(BLOCKS), zeros=st.booleans())
 float_forms = st.sampled_from([FloatForm(label="f32"), FloatForm(label="f16")])
@@ -154,3 +151,122 @@ def test_fewer_bits_are_never_more_bytes(form: BlockForm, rows: int, cols: int) 
 )
 def test_forms_run_where_every_product_has_a_kernel(label: str, bits: tuple[int, ...], runs: bool) -> None:
     assert has_kernels(parse_form(label), bits) == runs
+
+
+class Named:
+    """A drawing that writes down what it is asked for, as text."""
+
+    def __init__(self, nodes: list[str], prefix: str = "") -> None:
+        self.nodes, self.prefix = nodes, prefix
+
+    def tensor(self, name: str, *, flat: bool = False) -> str:
+        return f"{self.prefix}{name}{' flat' if flat else ''}"
+
+    def part(self, name: str) -> Named:
+        return Named(self.nodes, f"{self.prefix}{name}.")
+
+    def constant(self, name: str, number: float) -> str:
+        return f"{number:g}"
+
+    def _node(self, text: str) -> str:
+        self.nodes.append(text)
+        return f"#{len(self.nodes)}"
+
+    def multiply_float(self, name: str, source: str, weight: str) -> str:
+        return self._node(f"{source} times {weight}")
+
+    def multiply_blocks(
+        self, name: str, source: str, tensors: Sequence[str], kernel: Kernel, rows: int, cols: int
+    ) -> str:
+        return self._node(f"{source} times {kernel.bits} bits of {', '.join(tensors)}: {rows} by {cols}")
+
+    def look_up_float(self, name: str, indices: str, weight: str) -> str:
+        return self._node(f"{indices} in {weight}")
+
+    def look_up_blocks(self, name: str, indices: str, tensors: Sequence[str], kernel: Kernel) -> str:
+        return self._node(f"{indices} in {kernel.bits} bits of {', '.join(tensors)}")
+
+    def concat(self, parts: Sequence[str]) -> str:
+        return self._node(f"{' beside '.join(parts)}")
+
+    def pick(self, source: str, order: str) -> str:
+        return self._node(f"{source} in {order}")
+
+    def cut(self, source: str, count: int) -> str:
+        return self._node(f"{count} of {source}")
+
+    def scale(self, source: str, factor: str) -> str:
+        return self._node(f"{source} by {factor}")
+
+    def add(self, first: str, second: str) -> str:
+        return self._node(f"{first} and {second}")
+
+
+@pytest.mark.parametrize(
+    ("label", "nodes"),
+    [
+        ("f16", ["x times weight"]),
+        ("q4g32z", ["x times 4 bits of codes, scales, zeros: 40 by 48"]),
+        ("r7.f32", ["x times down.weight", "#1 times up.weight"]),
+        (
+            "p32.q8g32",
+            [
+                "x times 8 bits of base.codes, base.scales: 32 by 48",
+                "#1 times 8 bits of rest.codes, rest.scales: 8 by 32",
+                "#1 beside #2",
+                "#3 in order",
+            ],
+        ),
+        (
+            "q6g32",
+            [
+                "x times 4 bits of high, scales: 40 by 48",
+                "x times 2 bits of low, scales: 40 by 48",
+                "#1 by 4",
+                "#3 and #2",
+            ],
+        ),
+    ],
+)
+def test_what_a_product_is_drawn_as(label: str, nodes: list[str]) -> None:
+    drawing = Named([])
+    assert parse_form(label).draw_product(drawing, "x", 40, 48) == f"#{len(nodes)}"
+    assert drawing.nodes == nodes
+
+
+@pytest.mark.parametrize(
+    ("label", "cols", "nodes"),
+    [
+        ("f32", 48, ["i in weight"]),
+        ("q8g32", 64, ["i in 8 bits of codes flat, scales"]),
+        ("q8g32", 48, ["i in 8 bits of codes flat, scales", "48 of #1"]),
+        (
+            "q6g32",
+            48,
+            [
+                "i in 4 bits of high flat, scales",
+                "i in 2 bits of low flat, scales",
+                "#1 by 4",
+                "#3 and #2",
+                "48 of #4",
+            ],
+        ),
+    ],
+)
+def test_what_a_lookup_is_drawn_as(label: str, cols: int, nodes: list[str]) -> None:
+    form, drawing = parse_form(label), Named([])
+    assert isinstance(form, TableForm)
+    assert form.draw_lookup(drawing, "i", cols) == f"#{len(nodes)}"
+    assert drawing.nodes == nodes
+
+
+def test_factors_cannot_be_looked_up() -> None:
+    assert [kind for kind in FORMS if not issubclass(kind, TableForm)] == [LowRankForm, PivotForm]
+
+
+@pytest.mark.parametrize(
+    ("label", "cols", "fits"), [("q4g64", 65, True), ("q4g128", 600, False), ("q6g128", 576, False)]
+)
+def test_rows_that_blocks_would_only_pad(label: str, cols: int, fits: bool) -> None:
+    assert parse_form(label).fills(cols) == fits
+    assert parse_form(label).fills(1280)

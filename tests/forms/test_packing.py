@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from packager.forms.packing import dequantize, pack_bits, pack_blocks, unpack_bits
-from packager.forms.registry import BITS, BlockForm, FloatForm, LowRankForm
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.packing import pack_bits, unpack_bits
 
 
 @given(st.sampled_from(BITS), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**32 - 1))
@@ -46,7 +48,7 @@ def test_blocks_have_the_bytes_of_their_form_and_dequantise_exactly(
     codes = generator.integers(0, 2**bits, (rows, cols)).astype(np.uint8)
     scales = generator.normal(size=(rows, blocks)).astype(np.float32)
     points = generator.integers(0, 2**bits, (rows, blocks)).astype(np.uint8) if zeros else None
-    packed = pack_blocks(form, codes, scales, points)
+    packed = form.pack(codes, scales, points)
     assert {name: (str(tensor.dtype), tensor.shape) for name, tensor in packed.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in form.tensors(rows, cols).items()
     }
@@ -54,32 +56,30 @@ def test_blocks_have_the_bytes_of_their_form_and_dequantise_exactly(
         :, :cols
     ].astype(np.float32)
     expected = (codes.astype(np.float32) - centre) * np.repeat(scales, block, axis=1)[:, :cols]
-    np.testing.assert_array_equal(dequantize(form, packed, rows, cols), expected)
+    np.testing.assert_array_equal(form.dequantize(packed, rows, cols), expected)
 
 
 def test_padding_dequantises_to_zero() -> None:
     for zeros in (None, np.array([[5, 9]], np.uint8)):
         form = BlockForm(bits=4, block=32, zeros=zeros is not None)
-        packed = pack_blocks(form, np.full((1, 40), 3, np.uint8), np.ones((1, 2), np.float32), zeros)
-        assert not dequantize(form, packed, 1, 64)[:, 40:].any()
+        packed = form.pack(np.full((1, 40), 3, np.uint8), np.ones((1, 2), np.float32), zeros)
+        assert not form.dequantize(packed, 1, 64)[:, 40:].any()
 
 
 def test_float_and_low_rank() -> None:
     weight = np.arange(6, dtype=np.float16).reshape(2, 3)
-    found = dequantize(FloatForm(label="f16"), {"weight": weight}, 2, 3)
+    found = FloatForm(label="f16").dequantize({"weight": weight}, 2, 3)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, weight)
     factors = BlockForm(bits=8, block=16, zeros=False)
     generator = np.random.default_rng(0)
-    down = pack_blocks(
-        factors, generator.integers(0, 256, (16, 40)).astype(np.uint8), np.ones((16, 3), np.float32), None
-    )
-    up = pack_blocks(factors, generator.integers(0, 256, (5, 16)).astype(np.uint8), np.ones((5, 1), np.float32), None)
+    down = factors.pack(generator.integers(0, 256, (16, 40)).astype(np.uint8), np.ones((16, 3), np.float32), None)
+    up = factors.pack(generator.integers(0, 256, (5, 16)).astype(np.uint8), np.ones((5, 1), np.float32), None)
     tensors = {f"down.{name}": tensor for name, tensor in down.items()} | {
         f"up.{name}": tensor for name, tensor in up.items()
     }
-    product = dequantize(factors, up, 5, 16) @ dequantize(factors, down, 16, 40)
-    np.testing.assert_array_equal(dequantize(LowRankForm(rank=16, factors=factors), tensors, 5, 40), product)
+    product = factors.dequantize(up, 5, 16) @ factors.dequantize(down, 16, 40)
+    np.testing.assert_array_equal(LowRankForm(rank=16, factors=factors).dequantize(tensors, 5, 40), product)
 
 
 def _session(
@@ -115,7 +115,7 @@ def test_the_matmul_kernel_reads_these_bytes(
     codes = generator.integers(0, 2**bits, (rows, cols)).astype(np.uint8)
     scales = generator.uniform(0.5, 1.5, (rows, blocks)).astype(np.float32)
     points = generator.integers(0, 2**bits, (rows, blocks)).astype(np.uint8) if zeros else None
-    tensors = pack_blocks(form, codes, scales, points)
+    tensors = form.pack(codes, scales, points)
     node = helper.make_node(
         "MatMulNBits",
         ["x", *tensors],
@@ -129,7 +129,7 @@ def test_the_matmul_kernel_reads_these_bytes(
     )
     session = _session(node, [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, cols])], tensors, "y")
     x = generator.normal(size=(3, cols)).astype(np.float32)
-    expected = x @ dequantize(form, tensors, rows, cols).T
+    expected = x @ form.dequantize(tensors, rows, cols).T
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-4 * 2**bits * cols**0.5, rtol=1e-4)
 
 
@@ -141,8 +141,7 @@ def test_the_gather_kernel_reads_these_bytes(bits: int, zeros: bool, cols: int) 
     generator = np.random.default_rng(1)
     blocks = form.blocks(cols)
     points = generator.integers(0, 2**bits, (9, blocks)).astype(np.uint8) if zeros else None
-    tensors = pack_blocks(
-        form,
+    tensors = form.pack(
         generator.integers(0, 2**bits, (9, cols)).astype(np.uint8),
         generator.normal(size=(9, blocks)).astype(np.float32),
         points,
@@ -162,5 +161,5 @@ def test_the_gather_kernel_reads_these_bytes(bits: int, zeros: bool, cols: int) 
     session = _session(node, [helper.make_tensor_value_info("ids", TensorProto.INT64, [3])], flat, "y")
     ids = np.array([8, 0, 3])
     np.testing.assert_allclose(
-        session.run(None, {"ids": ids})[0][:, :cols], dequantize(form, tensors, 9, cols)[ids], rtol=1e-6
+        session.run(None, {"ids": ids})[0][:, :cols], form.dequantize(tensors, 9, cols)[ids], rtol=1e-6
     )

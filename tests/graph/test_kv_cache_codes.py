@@ -17,15 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_surgery import FLOAT_KERNELS, IDS, build, export, place, torch_logits
 
-from packager.bundle.writer import GRAPH_FILE, open_bundle, write_contents, write_manifest
+from packager.bundle.folder import GRAPH_FILE
+from packager.bundle.opening import open_bundle
+from packager.bundle.writer import Recipe, stage, write_manifest
 from packager.cli.command import main
 from packager.errors import ExportError, InfeasibleBudgetError, ProfileError, UsageError
-from packager.graph.kv_cache_codes import Scales, cache_facts, quantise_caches, read_scales
-from packager.graph.skeleton import GRAPH_FILE as SKELETON_FILE
+from packager.graph.kv_cache_codes import LayerScales, cache_facts, quantise_caches
+from packager.graph.names import GRAPH_FILE as SKELETON_FILE
 from packager.planning.kv_cache_choice import offered
-from packager.planning.plan import LoadedMap, Plan, Request, chosen, load_map
+from packager.planning.plan import Plan, Request, chosen
 from packager.profile import DeviceProfile, parse_profile
 from packager.runtime.sessions import full_logits_session, run_window
+from packager.scoremap.folder import MapFolder
+from packager.scoremap.opening import OpenedMap, open_map
 from packager.scoring.kv_cache_price import measure_steps, pair_norms
 from packager.source.kv_cache_rounding import rounding, tap
 from packager.validation.reference import load_reference
@@ -47,14 +51,14 @@ def device() -> DeviceProfile:
     return parse_profile(PROFILE, where="here", name="pico-box")
 
 
-def grown(path: Path) -> LoadedMap:
+def grown(path: Path) -> OpenedMap:
     """A pico's map with a cache to speak of: two small layers save less than prefill needs to have one of them in
     floats."""
-    loaded = load_map(path)
+    loaded = open_map(path)
     return dataclasses.replace(loaded, geometry=dataclasses.replace(loaded.geometry, layers=24, head_dim=128))
 
 
-def least(loaded: LoadedMap, device: DeviceProfile, cache: str) -> int:
+def least(loaded: OpenedMap, device: DeviceProfile, cache: str) -> int:
     with pytest.raises(InfeasibleBudgetError) as caught:
         Request(profile=device, budget_bytes=1 << 20, cache=cache).plan(loaded)
     return caught.value.minimum_bytes
@@ -67,7 +71,7 @@ def test_the_graph_computes_what_torch_does_with_rounded_keys_and_values(pico: P
     assert facts.layers == tuple(range(pico.model.config.num_hidden_layers))
     windows = torch.from_numpy(np.random.default_rng(5).integers(2, 384, (2, 100)))
     steps = measure_steps(pico.model, windows, facts)
-    scales: Scales = {layer: (keys.numpy(), values.numpy()) for layer, (keys, values) in steps.items()}
+    scales: LayerScales = {layer: (keys.numpy(), values.numpy()) for layer, (keys, values) in steps.items()}
     placements, model = place(skeleton, lambda source: "f32", tmp_path)
     build(skeleton, placements, tmp_path / "bundle", dataclasses.replace(FLOAT_KERNELS, cache_scales=scales))
     found = run_window(full_logits_session(tmp_path / "bundle" / GRAPH_FILE, threads=1), IDS)
@@ -89,18 +93,19 @@ def test_a_long_prompt_in_chunks_an_answer_and_another_turn_are_torchs(
     place."""
     import onnxruntime_genai as og
 
-    loaded = load_map(maps(name))
+    loaded = open_map(maps(name))
     plan = Request(profile=device, cache="int8").plan(loaded)
     assert (plan.cache, plan.prefix) == ("int8", 0)
-    write_contents(loaded, plan, device, tmp_path / "bundle")
-    manifest = write_manifest(tmp_path / "bundle", loaded, plan, "cpu", measured=None)
-    assert open_bundle(tmp_path / "bundle").cache == manifest.cache == "int8"
+    bundle = stage(Recipe(source=loaded, plan=plan, profile=device), tmp_path / "bundle")
+    write_manifest(bundle)
+    assert open_bundle(tmp_path / "bundle") == bundle
+    assert bundle.manifest.cache == "int8"
     assert (
         json.loads((tmp_path / "bundle" / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
         is True
     )
-    torch_side = load_reference(tmp_path / "bundle", manifest)
-    ids = np.resize(torch_side.heldout.numpy().reshape(-1), 341).astype(np.int32)
+    torch_side = load_reference(bundle)
+    ids = np.resize(bundle.folder.reference.held_out().windows.reshape(-1), 341).astype(np.int32)
     model = og.Model(str(tmp_path / "bundle"))
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=360, min_length=360, do_sample=False)
@@ -122,12 +127,12 @@ def test_a_long_prompt_in_chunks_an_answer_and_another_turn_are_torchs(
 
 def test_a_map_holds_steps_and_what_they_cost(maps: Callable[[str], Path]) -> None:
     for name in ("llama", "qwen3"):
-        loaded = load_map(maps(name))
+        loaded = open_map(maps(name))
         score = loaded.identity.int8_cache
         assert score is not None
         assert score.refusal == ""
         assert 0 < score.loss_nats < 0.01
-        scales = read_scales(maps(name) / "reference.safetensors")
+        scales = MapFolder(root=maps(name)).reference.kv_scales()
         geometry = loaded.geometry
         assert list(scales) == list(range(geometry.layers))
         assert all(
@@ -165,7 +170,7 @@ def test_below_the_float_caches_minimum_codes_still_fit(maps: Callable[[str], Pa
 
 
 def test_where_there_is_no_choice_the_plan_says_why(maps: Callable[[str], Path], device: DeviceProfile) -> None:
-    loaded = load_map(maps("llama"))
+    loaded = open_map(maps("llama"))
     assert loaded.identity.int8_cache is not None
     older = dataclasses.replace(loaded, identity=dataclasses.replace(loaded.identity, int8_cache=None))
     plan = Request(profile=device).plan(older)
@@ -217,20 +222,20 @@ def test_a_cache_that_is_none_is_refused() -> None:
 
 
 def test_plans_of_before_the_choice_are_still_read(maps: Callable[[str], Path], device: DeviceProfile) -> None:
-    plain = Request(profile=device, cache="float").plan(load_map(maps("llama"))).to_dict()
+    plain = Request(profile=device, cache="float").plan(open_map(maps("llama"))).to_dict()
     for key in ("cache", "cache_nats", "cache_note"):
         del plain[key]
     assert Plan.from_dict(plain, "plan.json").cache == "float"
 
 
 def test_the_first_of_equal_plans_is_chosen(maps: Callable[[str], Path], device: DeviceProfile) -> None:
-    plan = Request(profile=device, cache="float").plan(load_map(maps("llama")))
+    plan = Request(profile=device, cache="float").plan(open_map(maps("llama")))
     other = dataclasses.replace(plan, cache="int8")
     assert chosen([plan, other], ("float", "int8")).cache == "float"
 
 
 def test_a_graph_without_group_query_attention_is_refused(maps: Callable[[str], Path]) -> None:
-    graph = ir.load(maps("llama") / "skeleton" / "cpu" / SKELETON_FILE).graph
+    graph = ir.load(MapFolder(root=maps("llama")).skeleton("cpu").graph).graph
     assert (
         cache_facts(graph, "cuda").refusal == "the runtime reads 8-bit caches on the CPU only, this graph is for cuda"
     )
@@ -244,8 +249,8 @@ def test_a_graph_without_group_query_attention_is_refused(maps: Callable[[str], 
 
 
 def test_scales_of_another_model_are_an_error(maps: Callable[[str], Path]) -> None:
-    graph = ir.load(maps("llama") / "skeleton" / "cpu" / SKELETON_FILE).graph
-    scales = read_scales(maps("llama") / "reference.safetensors")
+    graph = ir.load(MapFolder(root=maps("llama")).skeleton("cpu").graph).graph
+    scales = MapFolder(root=maps("llama")).reference.kv_scales()
     with pytest.raises(
         ExportError,
         match=r"^the graph has caches in layers \[0, 1\], the map has scales for \[0\]: they do not belong together$",

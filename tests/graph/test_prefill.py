@@ -18,10 +18,10 @@ from conftest import Pico
 from numpy.typing import NDArray
 from test_surgery import FLOAT_KERNELS, build, export, place
 
-from packager.bundle.writer import GRAPH_FILE
+from packager.bundle.folder import GRAPH_FILE
 from packager.graph.kv_cache_codes import cache_facts
+from packager.graph.names import GRAPH_FILE as SKELETON_FILE
 from packager.graph.prefill import unbranch
-from packager.graph.skeleton import GRAPH_FILE as SKELETON_FILE
 from packager.scoring.kv_cache_price import measure_steps
 
 BUFFER = 128

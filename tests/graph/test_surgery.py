@@ -18,10 +18,13 @@ from conftest import Pico, random_model
 from safetensors.numpy import save_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from packager.bundle.writer import GRAPH_FILE
+from packager.bundle.folder import GRAPH_FILE
 from packager.errors import ExportError, UnsupportedModelError
-from packager.forms.packing import dequantize, pack_blocks
-from packager.forms.registry import FloatForm, Form, LowRankForm, PivotForm, SplitForm, parse_form
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, parse_form
+from packager.forms.split import SplitForm
 from packager.graph.skeleton import export_skeleton
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.safetensors_ranges import Region, read_header
@@ -98,7 +101,7 @@ def quantise(form: Form, weights: np.ndarray[Any, Any]) -> dict[str, np.ndarray[
         zeros = np.full((rows, blocks), 2 ** (form.bits - 1))
     codes = np.clip(np.round(padded / scales[..., None] + zeros[..., None]), 0, top).astype(np.uint8)
     flat = np.ascontiguousarray(codes.reshape(rows, -1)[:, :cols])
-    return pack_blocks(form, flat, scales.astype(np.float32), zeros.astype(np.uint8) if form.zeros else None)
+    return form.pack(flat, scales.astype(np.float32), zeros.astype(np.uint8) if form.zeros else None)
 
 
 def place(skeleton: Skeleton, forms: Callable[[Source], str], folder: Path) -> tuple[list[Placement], torch.nn.Module]:
@@ -124,7 +127,7 @@ def place(skeleton: Skeleton, forms: Callable[[Source], str], folder: Path) -> t
                 regions=regions,
             )
         )
-        source.weight(model).copy_(torch.from_numpy(dequantize(form, tensors, unit.rows, unit.cols)))
+        source.weight(model).copy_(torch.from_numpy(form.dequantize(tensors, unit.rows, unit.cols)))
     return placements, model
 
 

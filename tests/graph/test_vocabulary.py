@@ -11,8 +11,10 @@ import torch
 from conftest import random_model
 from test_surgery import Skeleton, check, export
 
-from packager.forms.packing import dequantize
-from packager.forms.registry import BLOCKS, BlockForm, SplitForm, form_bytes, parse_form
+from packager.forms.blocks import BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.registry import form_bytes, parse_form
+from packager.forms.split import SplitForm
 from packager.scoremap.model import Unit
 from packager.scoring.curvature.moments import Curvature
 from packager.scoring.curvature.options import score_unit
@@ -72,8 +74,8 @@ def test_every_part_is_looked_up_by_tokens_of_its_own(
 ) -> None:
     # The edges of every part, so that an index off by one would take a row of the neighbour.
     edges = np.array([0, 1, 191, 192, 193, 767, 768, 769, 1535, 1536, 2303, 5, 2000, 400])
-    monkeypatch.setattr("test_graph.IDS", edges)
-    monkeypatch.setattr("test_graph.torch_logits.__defaults__", (edges,))
+    monkeypatch.setattr("test_surgery.IDS", edges)
+    monkeypatch.setattr("test_surgery.torch_logits.__defaults__", (edges,))
     check(cut, by_part({0: "q8g64", 192: "q4g32z", 768: "q4g64z", 1536: "q8g32"}), tmp_path)
     (tmp_path / "split").mkdir()
     check(cut, by_part({0: "q8g64", 192: "q6g64", 768: "q4g64z", 1536: "q6g32"}), tmp_path / "split")
@@ -92,14 +94,16 @@ def test_split_codes_lie_between_four_and_eight_bits() -> None:
     weights, inputs = torch.randn(48, 128, generator=generator), torch.randn(512, 128, generator=generator)
     hessian = inputs.T @ inputs / 512
     unit = Unit(name="some", kind="linear", rows=48, cols=128, matrix="some")
-    curvature = Curvature(pairs=((hessian, torch.eye(48)),), rounding=hessian, noise=torch.zeros(len(BLOCKS), 128))
+    curvature = Curvature(
+        pairs=((hessian, torch.eye(48)),), rounding=hessian, noise={block: torch.zeros(128) for block in BLOCKS}
+    )
     scored = {item.option.form.label: item for item in score_unit(unit, weights, curvature, quick=False)}
     total, single = scored["q6g64"], scored["q4g64z"]
     assert isinstance(total.option.form, SplitForm)
     assert total.option.loss_nats < single.option.loss_nats / 8
     assert single.option.bytes < total.option.bytes < scored["q8g64"].option.bytes
     assert total.option.bytes == form_bytes(total.option.form, 48, 128)
-    rebuilt = dequantize(total.option.form, total.tensors, 48, 128)
+    rebuilt = total.option.form.dequantize(total.tensors, 48, 128)
     four = parse_form("q4g64z")
     assert isinstance(four, BlockForm)
     coarse = values(next(round_to(weights, [four], feedback(hessian))), four)

@@ -13,15 +13,15 @@ import pytest
 import packager.memory.calibrate
 from packager.cli.command import main
 from packager.errors import RuntimeCheckError, UsageError
-from packager.memory.calibrate import FITTED, HELD_OUT, Run, Shape, calibrate
+from packager.memory.calibrate import FITTED, HELD_OUT, ModelToMeasure, ProcessToMeasure, calibrate
 from packager.profile import load_profile
 from packager.progress import Silent
 from packager.runtime.limits import run_limited
 
 
-def shape(layers: int, vocab: int, *runs: Run) -> Shape:
+def shape(layers: int, vocab: int, *runs: ProcessToMeasure) -> ModelToMeasure:
     config = FITTED["deep"].config
-    return Shape(
+    return ModelToMeasure(
         config={
             **config,
             "hidden_size": 64,
@@ -29,12 +29,12 @@ def shape(layers: int, vocab: int, *runs: Run) -> Shape:
             "num_hidden_layers": layers,
             "vocab_size": vocab,
         },
-        runs=runs,
+        processes=runs,
     )
 
 
-def run(form: str, chunk: int) -> Run:
-    return Run(form=form, head=form, context_tokens=128, prompt_tokens=100, chunk_tokens=chunk)
+def run(form: str, chunk: int) -> ProcessToMeasure:
+    return ProcessToMeasure(form=form, head=form, context_tokens=128, prompt_tokens=100, chunk_tokens=chunk)
 
 
 SMALL = {
@@ -115,7 +115,7 @@ def test_kernels_that_the_device_lacks_are_not_run() -> None:
         item
         for shapes in (FITTED, HELD_OUT)
         for each in shapes.values()
-        for item in each.runs
-        if packager.memory.calibrate._case(four, item) is not None
+        for item in each.processes
+        if packager.memory.calibrate._settings(four, item) is not None
     ]
     assert {name for item in kept for name in (item.form[:2], item.head[:2])} == {"q4", "f3"}

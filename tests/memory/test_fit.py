@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from packager.forms.registry import FloatForm, form_bytes, parse_form
+from packager.forms.floats import FloatForm
+from packager.forms.registry import form_bytes, parse_form
 from packager.memory.fit import NOT_OF_THE_DEVICE, Finding, Held, Reading, Workload, WorkUnit, fit
 from packager.memory.geometry import Geometry
 from packager.memory.model import activation_bytes, cache_bytes, resident_bytes

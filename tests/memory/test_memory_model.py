@@ -10,18 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
 from packager.forms.kinds import KINDS, Kind
-from packager.forms.registry import (
-    BITS,
-    BLOCKS,
-    BlockForm,
-    FloatForm,
-    Form,
-    LowRankForm,
-    PivotForm,
-    form_bytes,
-    parse_form,
-)
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, form_bytes, parse_form
 from packager.memory.geometry import Geometry, tokenizer_entries
 from packager.memory.model import (
     MemoryEstimate,
@@ -111,21 +106,26 @@ def test_exact_small_example() -> None:
     )
     # 40 entries; cache 2·2·1·4·10·4; prefill 4 rows·(16+8)·4·2 + 50·4 + 100; decode the same for one row.
     common = {
-        "process": 2_000,
-        "session": 50,
+        "Python and the runtime libraries": 2_000,
+        "runtime session (graph nodes)": 50,
         "weights": 5_000,
         "tokenizer": 80,
-        "heap freed by the tokenizer": 60,
-        "kv cache": 640,
-        "rotary tables": 160,
+        "freed tokenizer memory, not reused": 60,
+        "key/value cache": 640,
+        "rotary embedding tables": 160,
     }
     assert result.to_dict() == {
         "peak_bytes": 9_058,
         "peak_phase": "prefill",
         "phases": {
-            "load": {"process": 1_000, "session": 50, "weights": 4_500, "unit being repacked": 700},
+            "load": {
+                "Python and the runtime libraries": 1_000,
+                "runtime session (graph nodes)": 50,
+                "weights": 4_500,
+                "largest matrix, while it is repacked": 700,
+            },
             "prefill": common | {"activations and logits": 1_068},
-            "decode": common | {"activations and logits": 492, "arena slack": 576},
+            "decode": common | {"activations and logits": 492, "memory that the runtime's allocator keeps": 576},
         },
     }
 
@@ -141,7 +141,12 @@ def test_load_is_the_peak_of_a_model_that_is_one_large_float_matrix() -> None:
         coefficients=ROUND,
     )
     assert (result.peak_phase, result.peak_bytes) == ("load", 1_000 + 50 + 2 * 10**6)
-    assert [item.name for item in result.items] == ["process", "session", "weights", "unit being repacked"]
+    assert [item.name for item in result.items] == [
+        "Python and the runtime libraries",
+        "runtime session (graph nodes)",
+        "weights",
+        "largest matrix, while it is repacked",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +219,7 @@ def test_a_chunk_over_a_cache_of_codes_holds_one_layers_past_in_floats() -> None
     prefill, decode = (
         {item.name: item.bytes for item in phase.items} for phase in estimated(codes, request).phases[1:]
     )
-    assert prefill["one layer's past in floats"] == widened_bytes(codes, 4, 1_000)
+    assert prefill["one layer's key/value cache, dequantised"] == widened_bytes(codes, 4, 1_000)
     assert sum(prefill.values()) == sum(decode.values())
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from packager.errors import InfeasibleBudgetError
 from packager.planning.contexts import longest, steps, undominated
-from packager.planning.plan import AUTO, LoadedMap, Request, context_frontier, load_map, make_plan, smallest_memory
-from packager.profile import DeviceProfile, parse_profile
+from packager.planning.plan import Request, context_frontier, make_plan, smallest_memory
+from packager.profile import AUTO, DeviceProfile, parse_profile
+from packager.scoremap.opening import OpenedMap, open_map
 
 TOKENS = st.integers(1, 200_000)
 
@@ -64,14 +65,14 @@ def device(minimum: int, budget: int = 512 * 2**20) -> DeviceProfile:
 
 
 @pytest.fixture(scope="module")
-def loaded(maps: Callable[[str], Path]) -> LoadedMap:
-    return load_map(maps("llama"))
+def loaded(maps: Callable[[str], Path]) -> OpenedMap:
+    return open_map(maps("llama"))
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(minimum=st.integers(33, 1024), spare=st.integers(0, 500_000), reserve=st.integers(-50_000, 50_000))
 def test_a_frontier_trades_loss_for_context_within_the_budget(
-    loaded: LoadedMap, minimum: int, spare: int, reserve: int
+    loaded: OpenedMap, minimum: int, spare: int, reserve: int
 ) -> None:
     least = smallest_memory(loaded, device(minimum), minimum).peak_bytes + reserve
     profile = device(minimum, least + spare)
@@ -100,19 +101,19 @@ def test_a_frontier_trades_loss_for_context_within_the_budget(
     )
 
 
-def test_context_that_costs_nothing_is_taken(loaded: LoadedMap) -> None:
+def test_context_that_costs_nothing_is_taken(loaded: OpenedMap) -> None:
     """With room for the whole model there is nothing to trade."""
     (plan,) = context_frontier(loaded, device(33))
     assert (plan.context_tokens, plan.prefix) == (1024, 0)
 
 
-def test_a_minimum_beyond_the_model_is_the_model_s(loaded: LoadedMap) -> None:
+def test_a_minimum_beyond_the_model_is_the_model_s(loaded: OpenedMap) -> None:
     text = '[device]\nmemory = "1GiB"\nbudget = "1GiB"\n[runtime]\n[context]\ntokens = 4096\n'
     (plan,) = context_frontier(loaded, parse_profile(text, where="box.toml", name="box"))
     assert plan.context_tokens == 1024
 
 
-def test_no_room_for_the_minimum_is_infeasible(loaded: LoadedMap) -> None:
+def test_no_room_for_the_minimum_is_infeasible(loaded: OpenedMap) -> None:
     least = smallest_memory(loaded, device(512), 512).peak_bytes
     with pytest.raises(InfeasibleBudgetError) as caught:
         context_frontier(loaded, device(512, least - 1))

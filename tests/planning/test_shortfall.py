@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from packager.errors import ArtifactError, InfeasibleBudgetError
 from packager.memory.model import MemoryEstimate, MemoryItem, MemoryPhase
-from packager.planning.plan import PROMPT_RESERVE, LoadedMap, Request, load_map, make_plan, smallest_memory
+from packager.planning.plan import Request, make_plan, smallest_memory
+from packager.planning.predicted_memory import predicted_memory
 from packager.planning.shortfall import explain
-from packager.profile import DeviceProfile, load_profile, parse_profile
+from packager.profile import LEAST_CONTEXT_TOKENS, DeviceProfile, load_profile, parse_profile
+from packager.scoremap.opening import OpenedMap, open_map
 
 MIB = 2**20
 
@@ -63,9 +65,9 @@ def test_the_whole_text() -> None:
         "  kv cache                       64.0 MiB   32.0 MiB                     ███████████▒▒▒▒▒▒▒▒▒▒",
         "  together                        124 MiB   32.0 MiB",
         "what would fit:",
-        "  --context 256                  the longest that fits; needs 92.0 MiB of 92.0 MiB",
-        "  --budget 124MiB                the least that does, in whole MiB; needs 124 MiB of 124 MiB",
-        "  --profile middling             the next shipped profile; needs 124 MiB of 1.0 GiB",
+        "  --context 256                  the longest context that fits; needs 92.0 MiB of 92.0 MiB",
+        "  --budget 124MiB                the least budget that fits, in whole MiB; needs 124 MiB of 124 MiB",
+        "  --profile middling             the next larger shipped profile that fits; needs 124 MiB of 1.0 GiB",
     ]
 
 
@@ -182,16 +184,16 @@ def test_what_lies_beyond_sums_up_to_the_deficit(budget: int, reserve: int) -> N
 
 
 @pytest.fixture(scope="module")
-def loaded(maps: Callable[[str], Path]) -> LoadedMap:
-    return load_map(maps("llama"))
+def loaded(maps: Callable[[str], Path]) -> OpenedMap:
+    return open_map(maps("llama"))
 
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
-def test_every_remedy_is_true_and_the_context_is_the_longest(loaded: LoadedMap, data: st.DataObject) -> None:
+def test_every_remedy_is_true_and_the_context_is_the_longest(loaded: OpenedMap, data: st.DataObject) -> None:
     profile = dataclasses.replace(load_profile("edge-box-256mb"), chunk_tokens=32)
-    context = data.draw(st.integers(PROMPT_RESERVE + 2, 1024))
-    shortest = smallest_memory(loaded, profile, PROMPT_RESERVE + 1).peak_bytes
+    context = data.draw(st.integers(LEAST_CONTEXT_TOKENS + 1, 1024))
+    shortest = smallest_memory(loaded, profile, LEAST_CONTEXT_TOKENS).peak_bytes
     budget = data.draw(st.integers(shortest - 10_000, smallest_memory(loaded, profile, context).peak_bytes - 1))
     with pytest.raises(InfeasibleBudgetError) as caught:
         make_plan(loaded, profile, budget_bytes=budget, context_tokens=context)
@@ -209,15 +211,15 @@ def test_every_remedy_is_true_and_the_context_is_the_longest(loaded: LoadedMap, 
         assert "--context" not in given_
 
 
-def test_the_smallest_memory_is_that_of_the_last_prefix(loaded: LoadedMap) -> None:
+def test_the_smallest_memory_is_that_of_the_last_prefix(loaded: OpenedMap) -> None:
     profile = load_profile("edge-box-256mb")
     least = smallest_memory(loaded, profile, 512)
     plan = make_plan(loaded, profile, budget_bytes=least.peak_bytes, context_tokens=512)
-    assert plan.memory == least.to_dict()
+    assert plan.memory == predicted_memory(least)
     assert plan.prefix == plan.moves
 
 
-def test_who_demands_floats_is_told_of_the_cache_that_fits(loaded: LoadedMap) -> None:
+def test_who_demands_floats_is_told_of_the_cache_that_fits(loaded: OpenedMap) -> None:
     profile = load_profile("edge-box-256mb")
     # Two layers' codes save less than their prefill over floats costs.
     loaded = dataclasses.replace(loaded, geometry=dataclasses.replace(loaded.geometry, layers=24, head_dim=128))

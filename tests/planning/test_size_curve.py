@@ -15,19 +15,20 @@ from hypothesis import strategies as st
 
 from packager.errors import InfeasibleBudgetError, UsageError
 from packager.forms.registry import has_kernels, parse_form
-from packager.planning.plan import LoadedMap, Request, load_map
+from packager.planning.plan import Request
 from packager.planning.size_curve import BY_PEAK, Curve, SizePoint, evenly, measured_curve, predict, standard_error
 from packager.profile import load_profile
+from packager.scoremap.opening import OpenedMap, open_map
 
 LAPTOP = load_profile("laptop-16gb")
 
 
 @pytest.fixture(scope="module")
-def loaded(maps: Callable[[str], Path]) -> LoadedMap:
-    return load_map(maps("llama"))
+def loaded(maps: Callable[[str], Path]) -> OpenedMap:
+    return open_map(maps("llama"))
 
 
-def test_file_sizes_go_from_the_smallest_to_the_largest_by_equal_ratios(loaded: LoadedMap) -> None:
+def test_file_sizes_go_from_the_smallest_to_the_largest_by_equal_ratios(loaded: OpenedMap) -> None:
     curve, plans = predict(loaded, Request(profile=LAPTOP), 5, by_peak=False)
     ends = [sum(chain[index].bytes for chain in loaded.scoremap.options) for index in (-1, 0)]
     assert [curve.points[index].file_bytes for index in (0, -1)] == ends
@@ -49,7 +50,7 @@ def test_file_sizes_go_from_the_smallest_to_the_largest_by_equal_ratios(loaded: 
     assert curve.points[-1].bits_per_weight == 32.0
 
 
-def test_file_sizes_take_only_forms_that_the_device_has_kernels_for(loaded: LoadedMap) -> None:
+def test_file_sizes_take_only_forms_that_the_device_has_kernels_for(loaded: OpenedMap) -> None:
     profile = replace(LAPTOP, bits=(8,))
     curve, plans = predict(loaded, Request(profile=profile), 5, by_peak=False)
     assert len(curve.points) == 5
@@ -57,7 +58,7 @@ def test_file_sizes_take_only_forms_that_the_device_has_kernels_for(loaded: Load
     assert all(has_kernels(parse_form(form), (8,)) for plan in plans for form in plan.choices.values())
 
 
-def test_peak_sizes_go_from_the_least_budget_to_what_the_map_can_use(loaded: LoadedMap) -> None:
+def test_peak_sizes_go_from_the_least_budget_to_what_the_map_can_use(loaded: OpenedMap) -> None:
     request = Request(profile=load_profile("edge-box-256mb"))
     curve, plans = predict(loaded, request, 9, by_peak=True)
     assert curve.bounded == BY_PEAK
@@ -70,14 +71,14 @@ def test_peak_sizes_go_from_the_least_budget_to_what_the_map_can_use(loaded: Loa
     assert losses == sorted(losses, reverse=True)
 
 
-def test_a_map_has_no_more_sizes_than_it_has(loaded: LoadedMap) -> None:
+def test_a_map_has_no_more_sizes_than_it_has(loaded: OpenedMap) -> None:
     curve, plans = predict(loaded, Request(profile=LAPTOP), 2000, by_peak=False)
     assert len(curve.points) < 2000
     assert all(first.choices != second.choices for first, second in itertools.pairwise(plans))
 
 
 @pytest.mark.parametrize("count", [1, 0, -3])
-def test_one_size_is_no_curve(loaded: LoadedMap, count: int) -> None:
+def test_one_size_is_no_curve(loaded: OpenedMap, count: int) -> None:
     for by_peak in (True, False):
         with pytest.raises(UsageError, match=f"^{count} sizes make no curve: expected at least 2$"):
             predict(loaded, Request(profile=LAPTOP), count, by_peak=by_peak)

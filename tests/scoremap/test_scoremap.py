@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from packager.errors import ArtifactError
 from packager.io.safetensors_ranges import read_header
+from packager.scoremap.folder import SCOREMAP_FILE
 from packager.scoremap.identity import read_identity
-from packager.scoremap.model import MAP_FILE, ScoreMap, map_tensors, read_map
+from packager.scoremap.model import ScoreMap, map_tensors, read_map
 
 
 @pytest.fixture
@@ -25,15 +26,15 @@ def folder(maps: Callable[[str], Path], tmp_path: Path) -> Path:
 
 def rewrite(folder: Path, scoremap: ScoreMap) -> None:
     arrays, metadata = map_tensors(scoremap)
-    save_file(arrays, folder / MAP_FILE, metadata=metadata)
+    save_file(arrays, folder / SCOREMAP_FILE, metadata=metadata)
 
 
 def changed(folder: Path, name: str, change: Callable[[np.ndarray[Any, Any]], None]) -> None:
     """Change one array of the map's file."""
-    _, metadata = read_header(folder / MAP_FILE)
-    arrays = load_file(folder / MAP_FILE)
+    _, metadata = read_header(folder / SCOREMAP_FILE)
+    arrays = load_file(folder / SCOREMAP_FILE)
     change(arrays[name])
-    save_file(arrays, folder / MAP_FILE, metadata=metadata)
+    save_file(arrays, folder / SCOREMAP_FILE, metadata=metadata)
 
 
 def message(folder: Path) -> str:
@@ -57,7 +58,7 @@ def test_a_map_is_always_the_same_bytes(folder: Path) -> None:
     found = set()
     for _ in range(32):
         rewrite(folder, scoremap)
-        found.add((folder / MAP_FILE).read_bytes())
+        found.add((folder / SCOREMAP_FILE).read_bytes())
     assert len(found) == 1
 
 
@@ -83,7 +84,7 @@ def test_another_map_is_not_the_one_named(folder: Path) -> None:
 def test_bytes_that_are_not_a_forms_are_refused(folder: Path) -> None:
     changed(folder, "option_bytes", lambda sizes: sizes.__iadd__(1))
     assert "claims" in message(folder)
-    assert message(folder).startswith(f"{folder / MAP_FILE}: units['")
+    assert message(folder).startswith(f"{folder / SCOREMAP_FILE}: units['")
 
 
 def test_losses_that_are_not_finite_are_refused(folder: Path) -> None:
@@ -102,7 +103,7 @@ def test_losses_that_are_not_finite_are_refused(folder: Path) -> None:
     ],
 )
 def test_units_that_make_no_sense_are_refused(folder: Path, old: str, new: str) -> None:
-    path = folder / MAP_FILE
+    path = folder / SCOREMAP_FILE
     metadata, arrays = read_header(path)[1], load_file(path)
     assert any(old in value for value in metadata.values())
     save_file(arrays, path, metadata={key: value.replace(old, new, 1) for key, value in metadata.items()})
@@ -112,12 +113,13 @@ def test_units_that_make_no_sense_are_refused(folder: Path, old: str, new: str) 
 def test_moves_out_of_order_are_refused(folder: Path) -> None:
     changed(folder, "moves", lambda moves: moves.__setitem__(slice(None), moves[::-1].copy()))
     assert message(folder) == (
-        f"{folder / MAP_FILE}: its moves are not in the order of its losses: the file is damaged, score the model again"
+        f"{folder / SCOREMAP_FILE}: its moves are not in the order of its losses: the file is damaged, score "
+        f"the model again"
     )
 
 
 def test_a_map_cut_short_is_refused(folder: Path) -> None:
-    path = folder / MAP_FILE
+    path = folder / SCOREMAP_FILE
     content = path.read_bytes()
     for length in (0, 7, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
@@ -125,11 +127,14 @@ def test_a_map_cut_short_is_refused(folder: Path) -> None:
 
 
 def test_a_folder_without_map(tmp_path: Path) -> None:
-    assert message(tmp_path) == f"{tmp_path} is not a score map ({MAP_FILE} is missing): make one with 'packager score'"
+    assert (
+        message(tmp_path)
+        == f"{tmp_path} is not a score map ({SCOREMAP_FILE} is missing): make one with 'packager score'"
+    )
 
 
 def test_a_map_of_the_schema_before_says_to_score_again(folder: Path) -> None:
-    path = folder / MAP_FILE
+    path = folder / SCOREMAP_FILE
     metadata, arrays = read_header(path)[1], load_file(path)
     save_file(
         arrays, path, metadata={key: value.replace('"schema": 2', '"schema": 1') for key, value in metadata.items()}

@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from made_up import correlated, weights_of
 from torch import Tensor
 
-from packager.forms.packing import dequantize
-from packager.forms.registry import BLOCKS, BlockForm, FloatForm, LowRankForm, PivotForm, form_bytes, parse_form
+from packager.forms.blocks import BlockForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import form_bytes, parse_form
 from packager.scoremap.model import Unit
+from packager.scoremap.settings import Kernels
 from packager.scoring.curvature.moments import Curvature
-from packager.scoring.curvature.options import Kernels, forms_for, score_unit
+from packager.scoring.curvature.options import forms_for, score_unit
 from packager.scoring.factors import low_rank, pivoted
 from packager.scoring.low_rank import decompose, pivot_rows
-from packager.scoring.rounding import Feedback, feedback, gptq, grid_of, packed, price, round_to, values
+from packager.scoring.rounding import Feedback, feedback, gptq, packed, price, round_to, values
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +81,7 @@ def test_what_is_made_is_what_is_stored(label: str, shape: tuple[int, int]) -> N
         name: (spec.dtype, spec.shape) for name, spec in specs.items()
     }
     assert sum(tensor.nbytes for tensor in tensors.values()) == form_bytes(form, *shape)
-    np.testing.assert_allclose(dequantize(form, tensors, *shape), approximation.numpy(), atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(form.dequantize(tensors, *shape), approximation.numpy(), atol=2e-5, rtol=1e-4)
     assert int(torch.linalg.matrix_rank(approximation.double(), rtol=1e-5)) <= form.rank
 
 
@@ -103,7 +107,7 @@ def naive_pivot(weights: Tensor, hessian: Tensor, gradient: Tensor, form: PivotF
         assert isinstance(form.factors, BlockForm)
         size = matrix.shape[1]
         plain = Feedback(hessian=torch.eye(size), order=torch.arange(size), upper=torch.eye(size))
-        return values(gptq(matrix, plain, [grid_of(form.factors)])[0], form.factors)
+        return values(gptq(matrix, plain, [form.factors])[0], form.factors)
 
     return torch.cat([nearest(base), nearest(coefficients) @ nearest(base)])[torch.argsort(rows)]
 
@@ -137,9 +141,7 @@ def test_without_low_bit_kernels_everything_is_float(floats: str, quick: bool, s
     kernels = Kernels(floats=floats, low_bit=False)
     unit = Unit(name="some", kind="linear", rows=shape[0], cols=shape[1], matrix="some")
     hessian = correlated(shape[1], 1)
-    curvature = Curvature(
-        pairs=((hessian, correlated(shape[0], 2)),), rounding=hessian, noise=torch.zeros(len(BLOCKS), shape[1])
-    )
+    curvature = Curvature(pairs=((hessian, correlated(shape[0], 2)),), rounding=hessian, noise={})
     scored = [item.option for item in score_unit(unit, weights_of(*shape), curvature, quick=quick, kernels=kernels)]
     assert [option.form for option in scored] == forms_for(unit, quick=quick, kernels=kernels)
     assert scored[0].form == FloatForm(label=floats)
@@ -158,4 +160,4 @@ def test_packed_tensors_are_those_of_the_form() -> None:
     assert isinstance(form, BlockForm)
     hessian = correlated(40, 1)
     (rounded,) = round_to(weights, [form], feedback(hessian))
-    np.testing.assert_array_equal(dequantize(form, packed(rounded, form), 6, 40), values(rounded, form).numpy())
+    np.testing.assert_array_equal(form.dequantize(packed(rounded, form), 6, 40), values(rounded, form).numpy())

@@ -12,25 +12,20 @@ from conftest import PICO, Pico, random_model
 from made_up import correlated, matrices_of, weights_of
 from torch import Tensor
 
+from packager.forms.blocks import BITS, BlockForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
 from packager.forms.kinds import KINDS
-from packager.forms.packing import dequantize, pack_blocks
-from packager.forms.registry import (
-    BITS,
-    BLOCKS,
-    BlockForm,
-    FloatForm,
-    LowRankForm,
-    PivotForm,
-    SplitForm,
-    activation_block,
-    form_bytes,
-    has_kernels,
-    parse_form,
-)
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import form_bytes, has_kernels, parse_form
+from packager.forms.split import SplitForm
 from packager.scoremap.model import Unit
+from packager.scoremap.settings import Kernels
 from packager.scoring.curvature.moments import Curvature, collect
-from packager.scoring.curvature.options import Kernels, forms_for, large_unit, score_unit
+from packager.scoring.curvature.options import forms_for, score_unit
 from packager.scoring.low_rank import decompose, refit_left
+from packager.scoring.method import large_unit
 from packager.scoring.rounding import (
     Feedback,
     Rounded,
@@ -39,7 +34,6 @@ from packager.scoring.rounding import (
     descend,
     feedback,
     gptq,
-    grid_of,
     inverse_factor,
     packed,
     price,
@@ -62,7 +56,7 @@ def block_form(label: str) -> BlockForm:
 def nearest(weights: Tensor, hessian: Tensor, form: BlockForm) -> Rounded:
     """Round to nearest on the very same grid search: gptq with nothing to spread."""
     cols = weights.shape[1]
-    return gptq(weights, Feedback(hessian=hessian, order=torch.arange(cols), upper=torch.eye(cols)), [grid_of(form)])[0]
+    return gptq(weights, Feedback(hessian=hessian, order=torch.arange(cols), upper=torch.eye(cols)), [form])[0]
 
 
 def h_error(weights: Tensor, rounded: Rounded, hessian: Tensor, form: BlockForm) -> float:
@@ -74,7 +68,7 @@ def h_error(weights: Tensor, rounded: Rounded, hessian: Tensor, form: BlockForm)
 @pytest.mark.parametrize("label", BLOCK_LABELS)
 def test_gptq_beats_rounding_to_nearest(label: str, shape: tuple[int, int]) -> None:
     form, weights, hessian = block_form(label), weights_of(*shape), correlated(shape[1], 1)
-    (spread,) = gptq(weights, feedback(hessian), [grid_of(form)])
+    (spread,) = gptq(weights, feedback(hessian), [form])
     assert h_error(weights, spread, hessian, form) < h_error(weights, nearest(weights, hessian, form), hessian, form)
 
 
@@ -83,8 +77,8 @@ def test_gptq_beats_rounding_to_nearest(label: str, shape: tuple[int, int]) -> N
 @pytest.mark.parametrize("label", BLOCK_LABELS)
 def test_refitted_scales_never_increase_the_error(label: str, shape: tuple[int, int], rank: int | None) -> None:
     form, weights, hessian = block_form(label), weights_of(*shape), correlated(shape[1], 2, rank)
-    (rounded,) = gptq(weights, feedback(hessian), [grid_of(form)])
-    refitted = refit_scales(rounded, weights @ hessian, hessian, grid_of(form))
+    (rounded,) = gptq(weights, feedback(hessian), [form])
+    refitted = refit_scales(rounded, weights @ hessian, hessian, form)
     before, after = h_error(weights, rounded, hessian, form), h_error(weights, refitted, hessian, form)
     assert after <= before * (1 + 1e-5) + 1e-12
     assert torch.equal(refitted.codes, rounded.codes)
@@ -98,15 +92,15 @@ def test_a_second_look_at_the_codes_never_increases_the_error(
 ) -> None:
     form, weights, hessian = block_form(label), weights_of(*shape), correlated(shape[1], 4, rank)
     spread, damped = feedback(hessian), hessian + 0.01 * float(hessian.diagonal().mean()) * torch.eye(shape[1])
-    (before,) = gptq(weights, spread, [grid_of(form)])
-    (after,) = descend(weights, [before], spread, [grid_of(form)])
+    (before,) = gptq(weights, spread, [form])
+    (after,) = descend(weights, [before], spread, [form])
     assert torch.equal(after.scales, before.scales)
     assert h_error(weights, after, damped, form) <= h_error(weights, before, damped, form) * (1 + 1e-5) + 1e-12
 
 
 def test_a_second_look_pays_where_columns_are_correlated_and_survives_dead_inputs() -> None:
     form, weights, hessian = block_form("q2g16"), weights_of(24, 96), correlated(96, 5)
-    once = refit_scales(gptq(weights, feedback(hessian), [grid_of(form)])[0], weights @ hessian, hessian, grid_of(form))
+    once = refit_scales(gptq(weights, feedback(hessian), [form])[0], weights @ hessian, hessian, form)
     (twice,) = round_to(weights, [form], feedback(hessian))
     assert h_error(weights, twice, hessian, form) < 0.97 * h_error(weights, once, hessian, form)
     (nothing,) = round_to(weights, [form], feedback(torch.zeros(96, 96)))
@@ -115,8 +109,8 @@ def test_a_second_look_pays_where_columns_are_correlated_and_survives_dead_input
 
 def test_refitted_scales_are_the_least_squares_ones() -> None:
     form, weights, hessian = block_form("q2g16"), weights_of(3, 48), correlated(48, 3)
-    (rounded,) = gptq(weights, feedback(hessian), [grid_of(form)])
-    refitted = refit_scales(rounded, weights @ hessian, hessian, grid_of(form))
+    (rounded,) = gptq(weights, feedback(hessian), [form])
+    refitted = refit_scales(rounded, weights @ hessian, hessian, form)
     best = h_error(weights, refitted, hessian, form)
     for block in range(3):
         for factor in (0.98, 1.02):
@@ -167,8 +161,8 @@ def test_what_is_priced_is_what_is_packed(label: str) -> None:
     form, weights, hessian = block_form(label), weights_of(9, 72), correlated(72, 6)
     (rounded,) = round_to(weights, [form], feedback(hessian))
     zeros = rounded.zeros.numpy() if rounded.zeros is not None else None
-    packed = pack_blocks(form, rounded.codes.numpy(), rounded.scales.numpy(), zeros)
-    np.testing.assert_array_equal(dequantize(form, packed, 9, 72), values(rounded, form).numpy())
+    packed = form.pack(rounded.codes.numpy(), rounded.scales.numpy(), zeros)
+    np.testing.assert_array_equal(form.dequantize(packed, 9, 72), values(rounded, form).numpy())
 
 
 @pytest.mark.parametrize("elements", [1, 3 * 24 * 80, 1 << 23])
@@ -193,7 +187,7 @@ def test_split_codes_are_one_grid_cut_in_two(label: str) -> None:
     assert isinstance(form, SplitForm)
     (rounded,) = round_to(weights, [form], feedback(hessian))
     assert int(rounded.codes.max()) > 15
-    np.testing.assert_allclose(dequantize(form, packed(rounded, form), 9, 72), values(rounded, form).numpy(), atol=1e-6)
+    np.testing.assert_allclose(form.dequantize(packed(rounded, form), 9, 72), values(rounded, form).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("block", [16, 64, 256])
@@ -299,7 +293,8 @@ def test_every_option_of_a_unit_has_its_bytes_and_its_price(kind: str, quick: bo
     pairs = {"linear": ((hessian, gradient),), "tied": ((hessian, diagonal), (correlated(72, 3), diagonal))}.get(
         kind, ((hessian, diagonal),)
     )
-    noise = torch.rand(len(BLOCKS), 72, generator=torch.Generator().manual_seed(5)) / 100
+    generator = torch.Generator().manual_seed(5)
+    noise = {block: torch.rand(72, generator=generator) / 100 for block in BLOCKS}
     curvature = Curvature(pairs=pairs, rounding=hessian, noise=noise)
     scored = list(score_unit(unit, weights, curvature, quick=quick))
     assert [item.option.form for item in scored] == forms_for(unit, quick=quick)
@@ -307,11 +302,11 @@ def test_every_option_of_a_unit_has_its_bytes_and_its_price(kind: str, quick: bo
     for item in scored:
         form = item.option.form
         assert item.option.bytes == form_bytes(form, 96, 72) == sum(tensor.nbytes for tensor in item.tensors.values())
-        error = torch.from_numpy(dequantize(form, item.tensors, 96, 72)) - weights
+        error = torch.from_numpy(form.dequantize(item.tensors, 96, 72)) - weights
         inputs = (
             0.0
             if isinstance(form, FloatForm)
-            else activation_price(weights, noise[BLOCKS.index(activation_block(form) or 0)], pairs[0][1])
+            else activation_price(weights, noise[form.activation_block or 0], pairs[0][1])
         )
         assert item.option.loss_nats == pytest.approx(
             sum(price(error, h, g) for h, g in pairs) + inputs, rel=1e-4, abs=1e-12
@@ -402,14 +397,14 @@ def test_curvature_is_what_autograd_gives(name: str, batch: int, exact: bool, mo
     sources = find_sources(matrices_of(model), model)
     windows = torch.randint(2, 384, (3, 48), generator=torch.Generator().manual_seed(0))
     done: list[int] = []
-    found = collect(model, sources, windows, seed=0, batch=batch, sampled=False, progress=done.append)
+    found = collect(model, sources, windows, blocks=BLOCKS, batch=batch, progress=done.append)
     assert done[-1] == 3
     expected = naive(model, sources, windows)
     assert set(found) == set(expected)
     for unit, tensors in expected.items():
         flat = [tensor for pair in found[unit].pairs for tensor in pair]
         if len(tensors) == 4 and len(flat) == 2:  # a linear layer, whose other moments are of the tokens' weights too
-            flat += [found[unit].rounding, found[unit].noise]
+            flat += [found[unit].rounding, torch.stack([found[unit].noise[block] for block in BLOCKS])]
         assert len(flat) == len(tensors)
         if not exact:  # an input on the edge of two codes rounds either way
             flat, tensors = flat[:3], tensors[:3]
@@ -431,7 +426,7 @@ def test_collecting_leaves_the_model_as_it_was() -> None:
     windows = torch.randint(2, 384, (1, 32))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     precision = torch.get_float32_matmul_precision()
-    collect(model, sources, windows, seed=0, batch=1, sampled=False, progress=lambda count: None)
+    collect(model, sources, windows, blocks=(64,), batch=1, progress=lambda count: None)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
         "model.norm.weight"
@@ -449,28 +444,25 @@ def test_a_stop_in_the_middle_leaves_the_model_as_it_was() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(model, sources, torch.randint(2, 384, (2, 32)), seed=0, batch=1, sampled=False, progress=interrupt)
+        collect(model, sources, torch.randint(2, 384, (2, 32)), blocks=(64,), batch=1, progress=interrupt)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_sampled_labels_are_seeded() -> None:
+def test_the_noise_of_one_block_does_not_depend_on_the_others() -> None:
     model = random_model("llama")
-    sources = [
-        source
-        for source in find_sources(matrices_of(model), model)
-        if source.unit.name.endswith("layers.1.mlp.down_proj")
-    ]
+    sources = find_sources(matrices_of(model), model)
     windows = torch.randint(2, 384, (2, 64), generator=torch.Generator().manual_seed(0))
 
-    def moments(seed: int) -> Tensor:
-        (item,) = collect(
-            model, sources, windows, seed=seed, batch=1, sampled=True, progress=lambda count: None
-        ).values()
-        return item.pairs[0][1]
+    def noise(*blocks: int) -> dict[str, dict[int, Tensor]]:
+        found = collect(model, sources, windows, blocks=blocks, batch=1, progress=lambda count: None)
+        return {name: item.noise for name, item in found.items()}
 
-    assert torch.equal(moments(1), moments(1))
-    assert not torch.equal(moments(1), moments(2))
+    some, every = noise(64), noise(*BLOCKS)
+    assert all(set(item) == {64} for item in some.values())
+    for name, item in every.items():
+        torch.testing.assert_close(some[name][64], item[64])
+    assert all(not item for item in noise().values())
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from conftest import Pico, make_tokenizer, random_text
 from made_up import matrices_of
 from numpy.typing import NDArray
 
-from packager.forms.packing import dequantize
-from packager.forms.registry import BlockForm, Form, SplitForm, parse_form
+from packager.forms.blocks import BlockForm
+from packager.forms.registry import Form, parse_form
+from packager.forms.split import SplitForm
 from packager.progress import Silent
 from packager.scoring.polish import Polish, polish
 from packager.scoring.rounding import feedback, packed, round_to
@@ -37,7 +38,7 @@ def run(taught: Pico, label: str, seconds: float) -> tuple[Polish, list[Source],
             form, unit = forms[source.unit.name], source.unit
             if unit.kind == "linear":
                 source.weight(small).copy_(
-                    torch.from_numpy(dequantize(form, rounded(source, form, original), unit.rows, unit.cols))
+                    torch.from_numpy(form.dequantize(rounded(source, form, original), unit.rows, unit.cols))
                 )
     ids = torch.tensor(make_tokenizer()(random_text(2, 6000), verbose=False)["input_ids"])
     windows = ids[: len(ids) // 64 * 64].reshape(-1, 64)

@@ -15,16 +15,18 @@ import torch
 from conftest import Pico
 
 import packager.scoring.acip.options
+import packager.scoring.curvature.method
 import packager.scoring.curvature.options
 import packager.scoring.score
 from packager.progress import Silent
 from packager.scoremap.identity import read_identity
 from packager.scoremap.model import read_map
-from packager.scoring.acip.options import labels_ranked
-from packager.scoring.curvature.options import Kernels
+from packager.scoremap.settings import QUICK_ACIP, ScoreSettings
+from packager.scoring.correction import QUICK_ANCHOR_NATS
 from packager.scoring.ledger import Ledger
+from packager.scoring.method import labels_tried
 from packager.scoring.probes import Observer, anchor_prefixes
-from packager.scoring.score import QUICK_ANCHOR_NATS, ScoreSettings, score_model
+from packager.scoring.score import method_of, score_model
 from packager.source.checkpoint import open_checkpoint
 
 SETTINGS = ScoreSettings(tokens=2048, quick=True)
@@ -137,8 +139,9 @@ def test_a_killed_run_is_resumed_and_nothing_is_done_twice(
 
         return call
 
-    monkeypatch.setattr(packager.scoring.score, "collect", counted("curvature", packager.scoring.score.collect))
-    monkeypatch.setattr(packager.scoring.score, "score_unit", counted("unit", packager.scoring.score.score_unit))
+    method = packager.scoring.curvature.method
+    monkeypatch.setattr(method, "collect", counted("curvature", method.collect))
+    monkeypatch.setattr(method, "score_unit", counted("unit", method.score_unit))
     monkeypatch.setattr(Observer, "measure", counted("measured", Observer.measure))
     watcher = Watcher(work)
     score_model(
@@ -191,12 +194,13 @@ def test_work_of_another_version_or_set_of_forms_is_not_gone_on_with(
     assert finished.exists() is (change == "nothing")
 
 
-@pytest.mark.parametrize("kernels", [Kernels(), Kernels(low_bit=False)])
-def test_the_labels_tell_when_acip_tries_other_forms(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = labels_ranked(32, quick=False, kernels=kernels)
+@pytest.mark.parametrize("float_only", [False, True])
+def test_the_labels_tell_when_acip_tries_other_forms(float_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = method_of(ScoreSettings(acip=QUICK_ACIP, float_only=float_only))
+    before = labels_tried(method)
     assert len(before) == len(set(before))
     monkeypatch.setattr(packager.scoring.acip.options, "_SHARES", (0.25, 0.5))
-    assert labels_ranked(32, quick=False, kernels=kernels) != before
+    assert labels_tried(method) != before
 
 
 def test_a_ledger_measures_once(tmp_path: Path) -> None:

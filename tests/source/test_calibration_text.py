@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -14,12 +16,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from packager.errors import CalibrationError
-from packager.source.calibration_text import WINDOW, Calibration, built_in_text, load_calibration
+from packager.source import calibration_text
+from packager.source.calibration_text import WINDOW, CalibrationText, built_in_text, load_calibration, text_windows
 
+COLUMNS = "expected a column 'text' or 'content' or 'messages' or 'conversations' or 'conversation'"
 TEXT = random_text(5, 4500)
 
 
-def load(*paths: Path, tokenizer: PreTrainedTokenizerFast, tokens: int = 2048, seed: int = 0) -> Calibration:
+def load(*paths: Path, tokenizer: PreTrainedTokenizerFast, tokens: int = 2048, seed: int = 0) -> CalibrationText:
     return load_calibration(paths, tokenizer, tokens=tokens, seed=seed)
 
 
@@ -123,17 +127,9 @@ def test_empty_missing_and_binary(tmp_path: Path, tokenizer: PreTrainedTokenizer
         path.write_text(content)
         assert message(path, tokenizer) == f"calibration text {path} is empty"
     path.write_bytes(b"abc\xff\xfe")
-    assert message(path, tokenizer).startswith(
-        f"calibration text {path} cannot be read as UTF-8 text: 'utf-8' codec can't decode byte 0xff"
+    assert message(path, tokenizer) == (
+        f"calibration text {path} cannot be read as UTF-8 text: byte 0xff at position 3: invalid start byte"
     )
-    assert message(tmp_path, tokenizer).startswith(f"calibration text {tmp_path} cannot be read as UTF-8 text: ")
-
-
-@pytest.mark.parametrize("line", ["{", '{"body": "x"}', "[1]", "3", '"text"', "null", '{"text": 3}', '{"text": null}'])
-def test_a_malformed_line_is_numbered(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, line: str) -> None:
-    path = tmp_path / "some.jsonl"
-    path.write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n", encoding="utf-8")
-    assert message(path, tokenizer) == f"{path}, line 3: expected a JSON object with a field 'text' of text"
 
 
 def test_damaged_and_foreign_tables(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -141,7 +137,7 @@ def test_damaged_and_foreign_tables(tmp_path: Path, tokenizer: PreTrainedTokeniz
     path.write_bytes(b"no table at all")
     assert message(path, tokenizer).startswith(f"{path} is not a readable Parquet file: ")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), path)
-    assert message(path, tokenizer) == f"{path} has columns ['body']: expected a column 'text'"
+    assert message(path, tokenizer) == f"{path} has columns ['body']: {COLUMNS}"
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     assert message(path, tokenizer) == f"{path}: its column 'text' holds int64: expected text"
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
@@ -157,3 +153,105 @@ def test_missing_values_of_a_table_are_passed_over(tmp_path: Path, tokenizer: Pr
     path = tmp_path / "some.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [TEXT, None, "x"]}), path)
     assert len(load(path, tokenizer=tokenizer).windows) == 4
+
+
+def big_text(size: int) -> str:
+    """Numbered sentences, all different, of about `size` characters."""
+    sentence = random_text(7, 12)
+    return "\n".join(f"{number} {sentence}" for number in range(10_000, 10_000 + size // (len(sentence) + 8)))
+
+
+@pytest.mark.parametrize("kind", ["txt", "one line", "jsonl", "csv", "txt.gz", "parquet", "folder"])
+def test_of_a_large_text_pieces_are_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packager.source.text_samples.LIMIT", 500_000)
+    text = big_text(1_500_000)
+    records = text.split("\n")
+    path = tmp_path / f"some.{kind.replace('one line', 'txt')}"
+    match kind:
+        case "txt":
+            path.write_text(text, encoding="utf-8")
+        case "one line":
+            path.write_text(text.replace("\n", " ").replace(" water ", " wäter "), encoding="utf-8")
+        case "jsonl":
+            path.write_text("\n".join(json.dumps({"text": record}) for record in records), encoding="utf-8")
+        case "csv":
+            path.write_text("id,text\n" + "\n".join(f'3,"{record}"' for record in records), encoding="utf-8")
+        case "txt.gz":
+            path.write_bytes(gzip.compress(text.encode()))
+        case "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": records}), path)
+        case "folder":
+            path.mkdir()
+            for number in range(3):
+                (path / f"{number}.txt").write_text("\n".join(records[number::3]), encoding="utf-8")
+    longest = 0
+
+    def watched(text: str, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return windows(text, tokenizer)
+
+    windows = calibration_text._windows
+    monkeypatch.setattr(calibration_text, "_windows", watched)
+    found = load(path, tokenizer=tokenizer, tokens=10_240, seed=3)
+    assert longest <= 65_536
+    assert found.windows.shape == (20, WINDOW)
+    assert found.heldout.shape == (8, WINDOW)
+    rows = [tuple(row.tolist()) for row in torch.cat([found.windows, found.heldout])]
+    assert len(set(rows)) == len(rows)
+    # Windows of different places, and held out and seen ones share no sentence.
+    numbers = [set(re.findall(r"\b\d{5}\b", tokenizer.decode(row))) for row in rows]
+    assert len(set().union(*numbers)) > 100
+    inner = [part - {max(part, key=int), min(part, key=int)} for part in numbers]
+    assert not set().union(*inner[:20]) & set().union(*inner[20:])
+    # The same seed chooses the same, more tokens add to it, and another seed chooses others.
+    assert load(path, tokenizer=tokenizer, tokens=10_240, seed=3).sha256 == found.sha256
+    more = load(path, tokenizer=tokenizer, tokens=40_960, seed=3)
+    assert torch.equal(more.windows[:20], found.windows)
+    assert torch.equal(more.heldout, found.heldout)
+    assert load(path, tokenizer=tokenizer, tokens=10_240, seed=4).sha256 != found.sha256
+
+
+def test_a_large_text_beside_a_small_one_leaves_it_a_share(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packager.source.text_samples.LIMIT", 200_000)
+    monkeypatch.setattr(calibration_text, "LIMIT", 200_000)
+    paths = [tmp_path / "large.txt", tmp_path / "small.txt"]
+    paths[0].write_text(big_text(1_000_000), encoding="utf-8")
+    paths[1].write_text("zyx " * 30_000, encoding="utf-8")
+    found = load(*paths, tokenizer=tokenizer, tokens=20_480)
+    small = sum("zyx zyx" in tokenizer.decode(row) for row in found.windows)
+    assert 4 < small < 30
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [{"role": "user", "content": TEXT[:9000]}, {"role": "assistant", "content": TEXT[9000:]}]
+    path, plain = tmp_path / "chat.jsonl", tmp_path / "plain.txt"
+    path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    plain.write_text(f"user: {TEXT[:9000]}\nassistant: {TEXT[9000:]}\n", encoding="utf-8")
+    assert load(path, tokenizer=tokenizer).sha256 == load(plain, tokenizer=tokenizer).sha256
+    bare = make_tokenizer()
+    bare.chat_template = None
+    assert message(path, bare) == (
+        f"{path}, line 1: a conversation, and the model has no chat template to write it with: give plain text, or a "
+        "field 'text'"
+    )
+    bare.chat_template = "{{ raise_exception('roles must\n alternate') }}"
+    assert message(path, bare) == (
+        f"{path}, line 1: the model's chat template does not take this conversation (roles must): repair it or leave "
+        "it out"
+    )
+
+
+def test_the_first_windows_of_a_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "some.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    found = text_windows(path, tokenizer, 3)
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert found.flatten().tolist() == ids[: 3 * WINDOW]
+    path.write_text("short", encoding="utf-8")
+    with pytest.raises(CalibrationError, match="is too short: expected at least one window of 512 tokens"):
+        text_windows(path, tokenizer, 3)

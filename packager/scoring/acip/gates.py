@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from packager.scoremap.settings import AcipSettings
+
 SCALE = 0.02
 """c: what an open gate lets through, and where masks start. The factors carry c to the power of -1 between them."""
 OPEN = -1
@@ -56,6 +58,13 @@ class Schedule:
     growth: float
     every: int
     speed: float
+
+    @classmethod
+    def of(cls, settings: AcipSettings) -> Schedule:
+        """The schedule that the settings ask for."""
+        return cls(
+            first=settings.first_penalty, growth=settings.growth, every=settings.growth_every, speed=settings.speed
+        )
 
     def at(self, step: int) -> float:
         """λ of an optimiser step, counted from 0."""

@@ -11,27 +11,27 @@ far towards it the order has come; the unpruned model is the original.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from packager.forms.registry import BLOCKS, BlockForm, FloatForm, LowRankForm, activation_block
-from packager.progress import Progress
+from packager.forms.blocks import BlockForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
 from packager.scoremap.model import Option, Unit
-from packager.scoring.acip.gates import OPEN, SCALE, shares_along, stored_elements, total_order
-from packager.scoring.acip.training import AcipSettings, Adapter, Outcome, Start, train
+from packager.scoremap.settings import AcipSettings, Kernels
+from packager.scoring.acip.gates import OPEN, SCALE, Schedule, shares_along, stored_elements, total_order
+from packager.scoring.acip.training import Adapter, Outcome, Start
 from packager.scoring.curvature.moments import Curvature
-from packager.scoring.curvature.options import Kernels, Scored, large_unit
 from packager.scoring.factors import low_rank, stored
 from packager.scoring.low_rank import Spectrum, decompose
 from packager.scoring.rounding import activation_price, feedback, price
-from packager.source.unit_weights import Source
+from packager.scoring.scored import Scored
 
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
 _WHOLE_8 = BlockForm(bits=8, block=64, zeros=False)
@@ -55,51 +55,6 @@ def start_of(weights: Tensor, curvature: Curvature, basis: str) -> Start:
     return Start(left=left / SCALE**0.5, right=right / SCALE**0.5, costs=costs)
 
 
-def start_path(work: Path, unit: Unit) -> Path:
-    """The file of a unit's start among unfinished work."""
-    return work / f"start-{unit.name}.safetensors"
-
-
-def prepare(work: Path, source: Source, model: torch.nn.Module, curvature: Curvature, settings: AcipSettings) -> None:
-    """Write a unit's start, unless it lies there already."""
-    path = start_path(work, source.unit)
-    if path.exists():
-        return
-    start = start_of(source.weight(model), curvature, settings.basis)
-    temporary = path.with_suffix(".writing")
-    save_file(
-        {"left": start.left.cpu().contiguous(), "right": start.right.cpu().contiguous(), "costs": start.costs.cpu()},
-        temporary,
-    )
-    temporary.rename(path)
-
-
-def load_start(work: Path, unit: Unit, device: torch.device) -> Start:
-    """What `prepare` wrote."""
-    return Start(**load_file(start_path(work, unit), device=str(device)))
-
-
-def learn(
-    work: Path,
-    model: torch.nn.Module,
-    sources: Sequence[Source],
-    windows: Tensor,
-    settings: AcipSettings,
-    *,
-    seed: int,
-    adapt_whole: bool,
-    progress: Progress,
-) -> dict[str, Ranking]:
-    """Train gates and adapters from the prepared starts and rank every unit's directions; resumed from `work`."""
-    device = next(model.parameters()).device
-    starts = {source.unit.name: load_start(work, source.unit, device) for source in sources}
-    state = work / "acip.safetensors"
-    outcome = train(
-        model, sources, starts, windows, settings, seed=seed, adapt_whole=adapt_whole, state=state, progress=progress
-    )
-    return rank_units(outcome, {name: start.costs.double().cpu().numpy() for name, start in starts.items()}, settings)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranking:
     """What the options of one unit follow from.
@@ -116,7 +71,7 @@ class Ranking:
 
 def rank_units(outcome: Outcome, costs: dict[str, NDArray[np.float64]], settings: AcipSettings) -> dict[str, Ranking]:
     """The ranking of every unit; `costs` are the starts' costs by unit, which give the prices their scale."""
-    order = total_order(outcome.fates, settings.schedule, settings.mask_rate * settings.speed)
+    order = total_order(outcome.fates, Schedule.of(settings), settings.mask_rate * settings.speed)
     shapes = [outcome.fates[name].shape for name in order.names]
     shares = shares_along(order, shapes, settings.adapter_rank)
     pruned = [outcome.fates[name].pruned != OPEN for name in order.names]
@@ -156,24 +111,19 @@ def forms_ranked(
     return [whole, *((_WHOLE_8, _WHOLE_4) if kernels.low_bit else ()), *pairs]
 
 
-def labels_ranked(adapter_rank: int, *, quick: bool, kernels: Kernels) -> list[str]:
-    """Labels of the forms that a large linear unit is tried in."""
-    return [form.label for form in forms_ranked(large_unit("linear"), adapter_rank, quick=quick, kernels=kernels)]
-
-
 def ranked_options(
     unit: Unit, weights: Tensor, curvature: Curvature, start: Start, ranking: Ranking, *, quick: bool, kernels: Kernels
 ) -> Iterator[Scored]:
     """Every option of a linear unit with weights (rows, cols)."""
     weights = weights.float()
     ((hessian, gradient),) = curvature.pairs
-    spread = feedback(curvature.rounding)
+    error_feedback = feedback(curvature.rounding)
     adapter = _on(ranking.adapter, weights.device)
     adapter_rank = len(adapter.down)
     for form in forms_ranked(unit, adapter_rank, quick=quick, kernels=kernels):
         match form:
             case FloatForm():
-                (values, tensors), wanted, loss = stored(weights, form, spread), weights, 0.0
+                (values, tensors), wanted, loss = stored(weights, form, error_feedback), weights, 0.0
             case BlockForm():
                 # The last step before factors: the adapter is merged as far as the order has come by then.
                 merged = form == _WHOLE_4
@@ -182,18 +132,20 @@ def ranked_options(
                     if merged
                     else weights
                 )
-                values, tensors = stored(wanted, form, spread)
+                values, tensors = stored(wanted, form, error_feedback)
                 loss = 0.0
             case LowRankForm(rank=rank):
                 kept = rank - adapter_rank
                 target = folded(start, ranking.directions[:kept], adapter, float(ranking.strength[kept]))
                 wanted = target.left @ target.right
-                values, tensors = low_rank(wanted, target, form, spread)
+                values, tensors = low_rank(wanted, target, form, error_feedback)
                 loss = float(ranking.nats[kept])
+            case _:
+                assert_never(form)
         if not isinstance(form, FloatForm):
             loss += price(values - wanted, hessian, gradient)
-        if kernels.rounds_inputs and (block := activation_block(form)) is not None:
-            loss += activation_price(weights, curvature.noise[BLOCKS.index(block)], gradient)
+        if kernels.rounds_inputs and (block := form.activation_block) is not None:
+            loss += activation_price(weights, curvature.noise[block], gradient)
         size = sum(tensor.nbytes for tensor in tensors.values())
         yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)
 

@@ -5,7 +5,7 @@ windows of calibration text plus λ Σ relu(masks); λ grows. What goes when is 
 kept share of the layers' elements reaches the stop ratio, the masks freeze, layers that are no smaller in factors
 become whole again, and the adapters are tuned to what is left. Masks, adapters and the optimiser's state are float32.
 
-The run writes its state to a safetensors file from time to time and goes on from there: the same seed gives the same
+Training writes its state to a safetensors file from time to time and goes on from there: the same seed gives the same
 result however often it was stopped.
 """
 
@@ -27,62 +27,13 @@ from torch import Tensor, nn
 
 from packager.errors import CalibrationError, UsageError
 from packager.progress import Progress
+from packager.scoremap.settings import AcipSettings
 from packager.scoring.acip.gates import OPEN, SCALE, Fate, Schedule, gate, kept_share, penalty
 from packager.source.unit_weights import Source
 
-PUBLISHED_STEPS = 2000
-BASES = ("curvature", "weights")
 _MOST_ROUNDS = 4
 _SAVE_SECONDS = 30.0
 _PASS_TOKENS = 2048
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AcipSettings:
-    """As published, but for `basis`: "curvature" starts from the decomposition under G and H, "weights" from W's own.
-
-    `steps` are those the schedule is laid over: with fewer than 2,000, masks move and λ grows so much faster per step.
-    `step_tokens` go into an optimiser step, `tuning_steps` follow the pruning. `stop_ratio` is the share of the layers'
-    elements at which pruning stops, adapters counted. `adapter_scale` is LoRA's alpha over rank.
-    """
-
-    basis: str = "curvature"
-    stop_ratio: float = 0.4
-    steps: int = PUBLISHED_STEPS
-    step_tokens: int = 4096
-    tuning_steps: int = 1000
-    adapter_rank: int = 32
-    adapter_scale: float = 0.5
-    adapter_rate: float = 5e-5
-    dropout: float = 0.05
-    mask_rate: float = 5e-5
-    first_penalty: float = 1e-3
-    growth: float = 1.01
-    growth_every: int = 4
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "step_tokens": 2, "tuning_steps": 0, "adapter_rank": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UsageError(f"ACIP's {name} is {getattr(self, name)}: expected at least {value}")
-        if not 0 < self.stop_ratio < 1:
-            raise UsageError(f"ACIP's stop ratio is {self.stop_ratio}: expected a share between 0 and 1")
-        if self.basis not in BASES:
-            raise UsageError(f"ACIP's basis is {self.basis!r}: expected one of {', '.join(BASES)}")
-
-    @property
-    def speed(self) -> float:
-        """How much faster than published everything moves per step."""
-        return PUBLISHED_STEPS / self.steps
-
-    @property
-    def schedule(self) -> Schedule:
-        """λ by optimiser step."""
-        return Schedule(first=self.first_penalty, growth=self.growth, every=self.growth_every, speed=self.speed)
-
-
-QUICK_ACIP = AcipSettings(steps=80, step_tokens=256, tuning_steps=40, adapter_rank=8, adapter_rate=5e-4)
-"""For two cores: fewer and smaller steps, masks 25 times and adapters 10 times as fast, a smaller adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +146,7 @@ class _GatedLinear(nn.Module):
 @contextlib.contextmanager
 def _gated(
     model: nn.Module, sources: Sequence[Source], starts: Mapping[str, Start], settings: AcipSettings, seed: int
-) -> Iterator[_Run]:
+) -> Iterator[_Training]:
     """The model with every source's layer gated; layers and gradient flags come back at the end."""
     device = next(model.parameters()).device
     initial, noise = torch.Generator().manual_seed(seed), torch.Generator(device=device)
@@ -214,7 +165,7 @@ def _gated(
             originals.append((owner, attribute, layer))
             ordered = [parts[source.unit.name] for source in sorted(members, key=lambda source: source.start)]
             setattr(owner, attribute, _GatedLinear(ordered, getattr(layer, "bias", None), noise))
-        yield _Run(model, list(parts.values()), settings, noise)
+        yield _Training(model, list(parts.values()), settings, noise)
     finally:
         for owner, attribute, layer in originals:
             setattr(owner, attribute, layer)
@@ -222,7 +173,7 @@ def _gated(
             parameter.requires_grad_(flag)
 
 
-class _Run:
+class _Training:
     """A gated model being trained: its parts, the optimiser, and where it is."""
 
     def __init__(
@@ -264,7 +215,7 @@ class _Run:
             self.optimiser.step()
             self.tuning_steps += 1
             return
-        pull = self.settings.schedule.at(number) * penalty([part.mask for part in self.parts])
+        pull = Schedule.of(self.settings).at(number) * penalty([part.mask for part in self.parts])
         pull.backward()  # type: ignore[no-untyped-call]  # as above
         self.optimiser.step()
         for part in self.parts:
@@ -278,7 +229,7 @@ class _Run:
             part.freeze(adapt_whole=adapt_whole)
 
     def save(self, path: Path) -> None:
-        """Everything that the run goes on from, in one step."""
+        """Everything that training goes on from, in one step."""
         tensors: dict[str, Tensor] = {}
         for part in self.parts:
             tensors |= {
@@ -295,14 +246,14 @@ class _Run:
         save_file(
             {key: value.cpu().contiguous() for key, value in tensors.items()},
             temporary,
-            metadata={"run": json.dumps(described)},
+            metadata={"training": json.dumps(described)},
         )
         temporary.rename(path)
 
     def load(self, path: Path, *, adapt_whole: bool) -> None:
         """Go on from what `save` wrote."""
         with safe_open(path, framework="pt") as file:
-            described = json.loads(file.metadata()["run"])
+            described = json.loads(file.metadata()["training"])
         tensors = load_file(path, device=str(self.noise.device))
         self.pruning_steps, self.tuning_steps = described["pruning_steps"], described["tuning_steps"]
         with torch.no_grad():
@@ -316,7 +267,7 @@ class _Run:
             self.stop(adapt_whole=adapt_whole)
 
     def outcome(self) -> Outcome:
-        """What the run came to, on the CPU."""
+        """What training came to, on the CPU."""
         fates, adapters = {}, {}
         for part in self.parts:
             mask, fell_to = part.mask.detach().cpu().numpy(), part.fell_to.cpu().numpy()
@@ -352,43 +303,42 @@ def train(
     """Prune and tune `sources` of `model` on `windows` (n, length) of token ids; the model is left as it was.
 
     `starts` lie on the model's device. `adapt_whole` lets the adapters of units that stay whole take part. `state` is
-    the file that the run is resumed from. Raises CalibrationError when the stop ratio is not reached in four times the
+    the file that training is resumed from. Raises CalibrationError when the stop ratio is not reached in four times the
     steps.
     """
     check_reachable([(source.unit.rows, source.unit.cols) for source in sources], settings)
     batches = _Batches(windows, settings.step_tokens, seed)
-    with _gated(model, sources, starts, settings, seed) as run:
+    with _gated(model, sources, starts, settings, seed) as training:
         if state.is_file():
-            run.load(state, adapt_whole=adapt_whole)
+            training.load(state, adapt_whole=adapt_whole)
         saved = time.monotonic()
 
         def advance() -> None:
             nonlocal saved
-            run.step(batches.at(run.pruning_steps + run.tuning_steps), seed)
+            training.step(batches.at(training.pruning_steps + training.tuning_steps), seed)
             if time.monotonic() - saved >= _SAVE_SECONDS:
-                run.save(state)
+                training.save(state)
                 saved = time.monotonic()
             progress.advance()
 
-        if not run.stopped:
+        if not training.stopped:
             progress.phase("shutting gates (ACIP)", settings.steps)
-            progress.advance(run.pruning_steps)
-            while run.share > settings.stop_ratio:
-                if run.pruning_steps >= _MOST_ROUNDS * settings.steps:
+            progress.advance(training.pruning_steps)
+            while training.share > settings.stop_ratio:
+                if training.pruning_steps >= _MOST_ROUNDS * settings.steps:
                     raise CalibrationError(
-                        f"ACIP keeps {run.share:.3f} of the layers' elements after {run.pruning_steps} steps, "
-                        f"expected {settings.stop_ratio}: "
-                        "give it more steps, or a higher stop ratio"
+                        f"ACIP keeps {training.share:.3f} of the layers' elements after {training.pruning_steps} "
+                        f"steps, expected {settings.stop_ratio}: give it more steps, or a higher stop ratio"
                     )
                 advance()
-            run.stop(adapt_whole=adapt_whole)
-            run.save(state)
+            training.stop(adapt_whole=adapt_whole)
+            training.save(state)
         progress.phase("tuning adapters (ACIP)", settings.tuning_steps)
-        progress.advance(run.tuning_steps)
-        while run.tuning_steps < settings.tuning_steps:
+        progress.advance(training.tuning_steps)
+        while training.tuning_steps < settings.tuning_steps:
             advance()
-        run.save(state)
-        return run.outcome()
+        training.save(state)
+        return training.outcome()
 
 
 class _Batches:

@@ -6,8 +6,7 @@ have to be independent, and those of keys and values are not: a few tokens that 
 gradient. The weighted H is the partner of G = I in the Kronecker product nearest to E[g gᵀ ⊗ x xᵀ] (Van Loan &
 Pitsianis 1993), and close to what GuidedQuant rounds under (Kim et al. 2025, arXiv 2505.07004).
 
-Labels are those of the text (the empirical Fisher matrix) or, on request, drawn from the model itself (the Fisher
-matrix; Kunstner et al. 2019, arXiv 1905.12558).
+Labels are those of the text: the empirical Fisher matrix (Kunstner et al. 2019, arXiv 1905.12558).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packager.forms.registry import BLOCKS
 from packager.scoring.rounding import activation_error
 from packager.source.unit_weights import Source
 
@@ -31,13 +29,14 @@ class Curvature:
     vocabulary, a weight for each row (rows,). A tied unit has two pairs of which the prices add.
 
     `rounding` (cols, cols) is the H to round under: half the first moment weighted by gradients, half unweighted, for
-    few tokens may carry most of the weight. `noise` (len(BLOCKS), cols) is, for each block size, the variance of the
-    error in each channel when inputs are rounded to 8 bits; zeros where they never are (a table that is looked up).
+    few tokens may carry most of the weight. `noise` is, by the elements that are rounded together, the variance (cols,)
+    of the error in each channel when inputs are rounded to 8 bits; zeros where they never are (a table that is looked
+    up).
     """
 
     pairs: tuple[tuple[Tensor, Tensor], ...]
     rounding: Tensor
-    noise: Tensor
+    noise: dict[int, Tensor]
 
 
 def groups(sources: Sequence[Source]) -> list[list[Source]]:
@@ -63,17 +62,16 @@ def collect(
     sources: Sequence[Source],
     windows: Tensor,
     *,
-    seed: int,
+    blocks: Sequence[int],
     batch: int,
-    sampled: bool,
     progress: Callable[[int], None],
 ) -> dict[str, Curvature]:
     """Curvature of `sources` on `windows` (n, length). Parameters get no gradient; the model is left as it was.
 
-    `progress` is called with the number of windows done so far. Cost: one forward and one backward pass through the
-    model, and for each unit tokens · (2 cols² + rows²) multiply-adds.
+    `blocks` are those whose noise is measured. `progress` is called with the number of windows done so far. Cost: one
+    forward and one backward pass through the model, and for each unit tokens · (2 cols² + rows²) multiply-adds.
     """
-    collector = _Collector(model, sources, seed=seed, sampled=sampled)
+    collector = _Collector(model, sources, blocks)
     precision = torch.get_float32_matmul_precision()
     try:
         # Inputs of the products rounded to bfloat16 where the processor multiplies them faster, sums in float32: the
@@ -91,15 +89,14 @@ def collect(
 class _Collector:
     """Hooks on a model and the sums they fill."""
 
-    def __init__(self, model: torch.nn.Module, sources: Sequence[Source], *, seed: int, sampled: bool) -> None:
+    def __init__(self, model: torch.nn.Module, sources: Sequence[Source], blocks: Sequence[int]) -> None:
         self._model = model
         self._device = next(model.parameters()).device
-        self._generator = torch.Generator(device=self._device).manual_seed(seed)
-        self._sampled = sampled
+        self._blocks = blocks
         self._tokens = 0
         self._inputs: dict[str, Tensor] = {}
         self._weighted: dict[str, Tensor] = {}
-        self._noise: dict[str, Tensor] = {}
+        self._noise: dict[str, Tensor] = {}  # (len(blocks), cols) each
         self._weights: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._alias: dict[str, str] = {}
@@ -131,19 +128,14 @@ class _Collector:
             logits = self._model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
         with torch.no_grad():
             chances = torch.softmax(logits, dim=-1)
-            labels = (
-                torch.multinomial(chances, 1, generator=self._generator)[:, 0]
-                if self._sampled
-                else torch.roll(ids, -1, 1).flatten()
-            )
+            labels = torch.roll(ids, -1, 1).flatten()
             if self._vocabulary:
                 self._counts += torch.bincount(ids.flatten(), minlength=len(self._counts))
                 self._mass += chances.sum(0)
                 self._variance += (chances - chances.square()).sum(0)
             # d(cross-entropy)/d(logits) = softmax - onehot: no graph through the loss is needed.
             chances[torch.arange(len(labels)), labels] -= 1
-            if not self._sampled:
-                chances.view(*ids.shape, -1)[:, -1] = 0
+            chances.view(*ids.shape, -1)[:, -1] = 0  # after the last token of a window the text says nothing
         logits.backward(chances)
         self._tokens += ids.numel()
 
@@ -168,7 +160,7 @@ class _Collector:
             return Curvature(
                 pairs=((weighted, gradients),),
                 rounding=_scaled(weighted) + _scaled(plain),
-                noise=self._noise[name] / weight,
+                noise=self._by_block(self._noise[name] / weight),
             )
         head_inputs = self._inputs["head"] / self._tokens
         head = (head_inputs, (self._variance / self._tokens).float()[source.start : source.stop])
@@ -179,11 +171,14 @@ class _Collector:
         # A tied unit's two moments count by the total weight of its rows.
         rounding = torch.stack([hessian * gradient.sum() for hessian, gradient in pairs]).sum(0)
         noise = (
-            torch.zeros(len(BLOCKS), source.unit.cols, device=self._device)
+            torch.zeros(len(self._blocks), source.unit.cols, device=self._device)
             if source.unit.kind == "embedding"
             else self._noise["head"] / self._tokens
         )
-        return Curvature(pairs=pairs, rounding=rounding, noise=noise)
+        return Curvature(pairs=pairs, rounding=rounding, noise=self._by_block(noise))
+
+    def _by_block(self, rows: Tensor) -> dict[int, Tensor]:
+        return dict(zip(self._blocks, rows, strict=True))
 
     def _linear_hook(
         self, name: str, parts: Sequence[Source]
@@ -222,13 +217,13 @@ class _Collector:
         # As for the plain moment: gradients of q, k and v (gate and up) come one after the other.
         last = self._last_errors
         if last is None or last[0].data_ptr() != inputs.data_ptr() or last[0].shape != inputs.shape:
-            self._last_errors = last = (inputs, _squared_errors(inputs))
+            self._last_errors = last = (inputs, _squared_errors(inputs, self._blocks))
         return last[1]
 
     def _head_input(self, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = _rows(arguments[0])
         _accumulate(self._inputs, "head", inputs, inputs)
-        _add(self._noise, "head", _squared_errors(inputs).sum(1))
+        _add(self._noise, "head", _squared_errors(inputs, self._blocks).sum(1))
 
     def _embedded(self, module: torch.nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.detach().requires_grad_(True)
@@ -249,9 +244,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1]).float()
 
 
-def _squared_errors(inputs: Tensor) -> Tensor:
-    """(len(BLOCKS), T, K): how far rounding to 8 bits moves each of (T, K) inputs, squared, by block size."""
-    return torch.stack([activation_error(inputs, block).square_() for block in BLOCKS])
+def _squared_errors(inputs: Tensor, blocks: Sequence[int]) -> Tensor:
+    """(len(blocks), T, K): how far rounding to 8 bits moves each of (T, K) inputs, squared, by block size."""
+    errors = inputs.new_empty(len(blocks), *inputs.shape)
+    for row, block in zip(errors, blocks, strict=True):
+        row.copy_(activation_error(inputs, block).square_())
+    return errors
 
 
 def _scaled(moment: Tensor) -> Tensor:

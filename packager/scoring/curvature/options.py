@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import assert_never
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.forms.kinds import KINDS, Kind
-from packager.forms.registry import (
-    BLOCKS,
-    BlockForm,
-    FloatForm,
-    Form,
-    LowRankForm,
-    PivotForm,
-    SplitForm,
-    activation_block,
-    parse_form,
-)
+from packager.forms.blocks import BlockForm
+from packager.forms.codes import CodesForm
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
+from packager.forms.pivot import PivotForm
+from packager.forms.registry import Form, parse_form
 from packager.scoremap.model import Option, Unit
+from packager.scoremap.settings import Kernels
 from packager.scoring.curvature.moments import Curvature
 from packager.scoring.factors import low_rank, pivoted, stored
 from packager.scoring.low_rank import Spectrum, decompose
 from packager.scoring.rounding import activation_price, feedback, packed, price, round_to, values
-
-Arrays = dict[str, NDArray[np.generic]]
+from packager.scoring.scored import Arrays, Scored
 
 LINEAR_FORMS = (
     *("q8g32", "q8g64", "q8g128"),
@@ -38,7 +30,6 @@ LINEAR_FORMS = (
 VOCABULARY_FORMS = ("q8g64", "q8g128", "q6g64", "q6g128", "q4g32z", "q4g64z", "q4g64", "q4g128z")
 QUICK_LINEAR_FORMS = ("q8g64", "q6g64", "q4g64z", "q2g64")
 QUICK_VOCABULARY_FORMS = ("q8g64", "q4g64z")
-_MOST_PADDING = 1.06
 _FACTORS = BlockForm(bits=4, block=32, zeros=True)
 _RANK_SHARES = (0.25,)
 _PIVOT_SHARES = (0.25, 0.5)
@@ -46,27 +37,7 @@ _FLOAT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _QUICK_FLOAT_SHARES = (0.25, 0.5, 0.75)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
-    """What a device multiplies by: floats as its graph holds them ("f32" or "f16"), and codes of few bits or not.
-
-    `rounds_inputs`: whether the kernels for codes round what they multiply to 8 bits, as those for CPUs do.
-    """
-
-    floats: str = "f32"
-    low_bit: bool = True
-    rounds_inputs: bool = True
-
-
 ALL_KERNELS = Kernels()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """An option and its packed tensors."""
-
-    option: Option
-    tensors: Arrays
 
 
 def forms_for(unit: Unit, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> list[Form]:
@@ -86,40 +57,17 @@ def forms_for(unit: Unit, *, quick: bool, kernels: Kernels = ALL_KERNELS) -> lis
     else:
         labels = QUICK_VOCABULARY_FORMS if quick else VOCABULARY_FORMS
     forms: list[Form] = [whole]
-    forms += [form for form in (parse_form(label) for label in labels) if _fits(form, unit.cols)]
+    forms += [form for form in (parse_form(label) for label in labels) if form.fills(unit.cols)]
     if unit.kind == "linear" and not quick:
         forms += [LowRankForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _RANK_SHARES, _FACTORS.block)]
         forms += [PivotForm(rank=rank, factors=_FACTORS) for rank in _ranks(unit, _PIVOT_SHARES, _FACTORS.block)]
     return forms
 
 
-def large_unit(kind: Kind) -> Unit:
-    """A unit for which no form is too long: what is tried for it is all that is ever tried."""
-    return Unit(name=kind, kind=kind, rows=1 << 12, cols=1 << 12, matrix=kind)
-
-
-def forms_tried(*, quick: bool, kernels: Kernels) -> list[str]:
-    """Every kind of unit with the labels of the forms it is tried in."""
-    return [
-        f"{kind} {form.label}" for kind in KINDS for form in forms_for(large_unit(kind), quick=quick, kernels=kernels)
-    ]
-
-
 def _ranks(unit: Unit, shares: Sequence[float], multiple: int) -> list[int]:
     """The multiples of `multiple` at shares of the full rank, rising."""
     ranks = {int(min(unit.rows, unit.cols) * share) // multiple * multiple for share in shares}
     return sorted(rank for rank in ranks if rank)
-
-
-def _fits(form: Form, cols: int) -> bool:
-    """Whether rows of `cols` fill the form's blocks: padding costs bytes and wins nothing. The narrow ones
-    always may."""
-    match form:
-        case BlockForm(block=block):
-            return block <= 64 or form.blocks(cols) * block <= _MOST_PADDING * cols
-        case SplitForm(high=high):
-            return _fits(high, cols)
-    return True
 
 
 def score_unit(
@@ -129,13 +77,12 @@ def score_unit(
     weights = weights.float()
     # The first pair is that of the products, whose kernels round their inputs.
     noise = {
-        block: activation_price(weights, row, curvature.pairs[0][1])
-        for block, row in zip(BLOCKS, curvature.noise, strict=True)
+        block: activation_price(weights, variance, curvature.pairs[0][1]) for block, variance in curvature.noise.items()
     }
     for form, approximation, tensors in _made(weights, curvature, forms_for(unit, quick=quick, kernels=kernels)):
         error = approximation - weights
         loss = 0.0 if isinstance(form, FloatForm) else sum(price(error, h, g) for h, g in curvature.pairs)
-        if kernels.rounds_inputs and (block := activation_block(form)) is not None:
+        if kernels.rounds_inputs and (block := form.activation_block) is not None:
             loss += noise[block]
         size = sum(tensor.nbytes for tensor in tensors.values())
         yield Scored(option=Option(form=form, bytes=size, loss_nats=loss), tensors=tensors)
@@ -143,19 +90,21 @@ def score_unit(
 
 def _made(weights: Tensor, curvature: Curvature, forms: Sequence[Form]) -> Iterator[tuple[Form, Tensor, Arrays]]:
     """(form, values, tensors) of `weights` in each of `forms`; those in codes are made side by side."""
-    spread = feedback(curvature.rounding)
+    error_feedback = feedback(curvature.rounding)
     spectrum: Spectrum | None = None
-    rounded = round_to(weights, [form for form in forms if isinstance(form, BlockForm | SplitForm)], spread)
+    rounded = round_to(weights, [form for form in forms if isinstance(form, CodesForm)], error_feedback)
     for form in forms:
         match form:
             case FloatForm():
-                yield form, *stored(weights, form, spread)
-            case BlockForm() | SplitForm():
+                yield form, *stored(weights, form, error_feedback)
+            case CodesForm():
                 codes = next(rounded)
                 yield form, values(codes, form), packed(codes, form)
             case LowRankForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                yield form, *low_rank(weights, spectrum, form, spread)
+                yield form, *low_rank(weights, spectrum, form, error_feedback)
             case PivotForm():
                 spectrum = spectrum or decompose(weights, *curvature.pairs[0])
-                yield form, *pivoted(weights, spectrum, form, spread)
+                yield form, *pivoted(weights, spectrum, form, error_feedback)
+            case _:
+                assert_never(form)

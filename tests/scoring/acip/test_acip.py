@@ -15,15 +15,15 @@ from torch import Tensor
 
 import packager.scoring.acip.training as acip
 from packager.errors import CalibrationError, UsageError
-from packager.forms.packing import dequantize
-from packager.forms.registry import BLOCKS, FloatForm, LowRankForm
+from packager.forms.codes import BLOCKS
+from packager.forms.floats import FloatForm
+from packager.forms.low_rank import LowRankForm
 from packager.progress import Silent
 from packager.scoremap.model import Option, Unit, make_map
-from packager.scoring.acip.gates import OPEN, SCALE, kept_share, total_order
+from packager.scoremap.settings import PUBLISHED_STEPS, AcipSettings, Kernels
+from packager.scoring.acip.gates import OPEN, SCALE, Schedule, kept_share, total_order
 from packager.scoring.acip.options import folded, rank_units, ranked_options, ranks_for, start_of
 from packager.scoring.acip.training import (
-    PUBLISHED_STEPS,
-    AcipSettings,
     Adapter,
     Outcome,
     Start,
@@ -31,7 +31,6 @@ from packager.scoring.acip.training import (
     train,
 )
 from packager.scoring.curvature.moments import Curvature, collect
-from packager.scoring.curvature.options import Kernels
 from packager.scoring.rounding import price
 from packager.source.unit_weights import Source, find_sources
 
@@ -58,7 +57,7 @@ def make_case(name: str = "llama", basis: str = "curvature", device: str = "cpu"
     model = random_model(name).to(device)
     sources = [source for source in find_sources(matrices_of(model), model) if source.unit.kind == "linear"]
     windows = torch.randint(2, 384, (6, 64), generator=torch.Generator().manual_seed(0))
-    curvature = collect(model, sources, windows, seed=0, batch=2, sampled=False, progress=lambda count: None)
+    curvature = collect(model, sources, windows, blocks=(), batch=2, progress=lambda count: None)
     starts = {
         source.unit.name: start_of(source.weight(model), curvature[source.unit.name], basis) for source in sources
     }
@@ -219,13 +218,13 @@ def test_what_the_loss_does_not_hold_up_goes_first(tmp_path: Path) -> None:
                 strong + 1e-3 * torch.randn(unit.rows, unit.cols, generator=generator) / unit.cols**0.5
             )
     windows = torch.randint(2, 384, (6, 64), generator=torch.Generator().manual_seed(0))
-    curvature = collect(model, sources, windows, seed=0, batch=2, sampled=False, progress=lambda count: None)
+    curvature = collect(model, sources, windows, blocks=(), batch=2, progress=lambda count: None)
     starts = {
         source.unit.name: start_of(source.weight(model), curvature[source.unit.name], "weights") for source in sources
     }
     case = Case(model=model, sources=sources, starts=starts, windows=windows)
     outcome = run(case, tmp_path, dataclasses.replace(SETTINGS, steps=80, tuning_steps=0, stop_ratio=0.5))
-    order = total_order(outcome.fates, SETTINGS.schedule, SETTINGS.mask_rate)
+    order = total_order(outcome.fates, Schedule.of(SETTINGS), SETTINGS.mask_rate)
     strong_places = np.flatnonzero(order.directions < 8) / len(order.directions)
     weak_places = np.flatnonzero(order.directions >= 8) / len(order.directions)
     assert np.median(weak_places) < 0.45
@@ -346,7 +345,8 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
 
 
 def curvature_of(hessian: Tensor, gradient: Tensor) -> Curvature:
-    return Curvature(pairs=((hessian, gradient),), rounding=hessian, noise=torch.zeros(len(BLOCKS), len(hessian)))
+    noise = {block: torch.zeros(len(hessian)) for block in BLOCKS}
+    return Curvature(pairs=((hessian, gradient),), rounding=hessian, noise=noise)
 
 
 def outcome_of(case: Case, tmp_path: Path) -> Outcome:
@@ -360,7 +360,7 @@ def costs_of(case: Case) -> dict[str, Any]:
 def test_the_merged_list_is_the_order_of_the_directions(case: Case, tmp_path: Path) -> None:
     outcome = outcome_of(case, tmp_path)
     rankings = rank_units(outcome, costs_of(case), SETTINGS)
-    order = total_order(outcome.fates, SETTINGS.schedule, SETTINGS.mask_rate * SETTINGS.speed)
+    order = total_order(outcome.fates, Schedule.of(SETTINGS), SETTINGS.mask_rate * SETTINGS.speed)
     units, options, chains = [], [], {}
     for source in case.sources:
         unit, ranking = source.unit, rankings[source.unit.name]
@@ -461,7 +461,7 @@ def test_every_ranked_option_has_its_bytes_and_beats_the_matrix(low_bit: bool, s
     for item in scored:
         option = item.option
         assert option.bytes == sum(spec.bytes for spec in option.form.tensors(*shape).values())
-        found = torch.from_numpy(dequantize(option.form, item.tensors, *shape))
+        found = torch.from_numpy(option.form.dequantize(item.tensors, *shape))
         if isinstance(option.form, FloatForm):
             assert torch.equal(found, weights)
             assert option.loss_nats == 0.0
