@@ -2,13 +2,14 @@
 
 The first argument goes by position, the others by name. Maps may be given as folders or opened, which spares reading
 them again; profiles by name, as a path to a TOML file, or loaded. A budget is bytes, or text such as "300MiB" or "60%"
-of the device's memory. What cannot be done is an exception of `packager.errors`; a full disk is an OSError. Nothing is
+of the device's memory. What cannot be done, for want of space too, is an exception of `packager.errors`. Nothing is
 printed: long work tells a `progress` how far it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.api import arguments
@@ -22,12 +23,13 @@ from packager.api.given import (
     listener_of,
     model_name,
     opened_map,
+    paths_of,
     polishing_with,
     profile_of,
     request_for,
     scoring_settings,
 )
-from packager.errors import ArtifactError, UsageError, require_extra
+from packager.errors import ArtifactError, OutputError, UsageError, require_extra
 from packager.profile import DeviceProfile, shipped_profiles, with_memory
 from packager.progress import Progress
 
@@ -156,8 +158,10 @@ def plan(
     context: Context | None = None,
     kv_cache: str | None = None,
     out: AnyPath | None = None,
+    force: bool = False,
 ) -> Plan:
-    """The largest model of a map that fits; needs no model and no runtime. `out` is the plan.json to write, if any.
+    """The largest model of a map that fits; needs no model and no runtime. `out` is the plan.json to write, if any:
+    `force` replaces a file there that is no plan.
 
     `context` counts prompt and answer together: the profile's where None; "auto" is the profile's minimum, and beyond
     it what costs no quality. `kv_cache` is "float", "int8", or "auto" for whichever is predicted to lose less.
@@ -169,10 +173,12 @@ def plan(
     True
     """
     request = request_for(profile, budget, context, kv_cache)
-    target = None if out is None else as_path(out, "out")
+    target, replacing = None if out is None else as_path(out, "out"), as_flag(force, "force")
+    if target is not None:
+        _require_plan_file(target, paths_of(map, profile), force=replacing)
     found = request.plan(opened_map(map))
     if target is not None:
-        write_plan(found, out=target)
+        write_plan(found, out=target, force=replacing)
     return found
 
 
@@ -190,17 +196,28 @@ def frontier(
     return request_for(profile, budget, "auto", kv_cache).frontier(opened_map(map))
 
 
-def write_plan(plan: Plan, *, out: AnyPath) -> None:
-    """Write a plan as JSON. The same plan gives the same bytes.
+def write_plan(plan: Plan, *, out: AnyPath, force: bool = False, inputs: Paths | None = None) -> None:
+    """Write a plan as JSON, over an older plan too; `force` replaces any other file. The same plan gives the same
+    bytes. `inputs`, what it was made from, are never written over or into.
 
     >>> import packager
     >>> packager.write_plan(packager.plan("pico.map", profile="laptop-16gb"), out="plan.json")
     >>> packager.inspect("plan.json").profile
     'laptop-16gb'
     """
-    from packager.io.files import dump_json, write_text
+    from packager.io.files import dump_json
+    from packager.io.outputs import write_output
 
-    write_text(as_path(out, "out"), dump_json(plan.to_dict()))
+    target = as_path(out, "out")
+    _require_plan_file(target, as_paths(inputs, "inputs"), force=as_flag(force, "force"))
+    write_output(target, dump_json(plan.to_dict()).encode())
+
+
+def _require_plan_file(target: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    from packager.io.outputs import require_file
+    from packager.planning.plan import is_plan
+
+    require_file(target, force=force, ours=is_plan, inputs=inputs)
 
 
 def build(
@@ -252,7 +269,7 @@ def build(
 def validate(bundle: AnyPath, *, progress: Progress | None = None) -> ValidationReport:
     """Check a bundle on this machine's runtime under its memory limit, and write the report into it.
 
-    A check that fails is a row of the report, not an exception.
+    A check that fails is a row of the report, not an exception; a report that cannot be written is a warning.
 
     >>> import packager
     >>> report = packager.validate("pico.bundle")
@@ -260,13 +277,18 @@ def validate(bundle: AnyPath, *, progress: Progress | None = None) -> Validation
     []
     """
     root, listener = as_path(bundle, "bundle"), listener_of(progress)
+    from packager.io.failures import explained
     from packager.validation.report import earlier_rounds, write_report
     from packager.validation.validate import validate_bundle
 
     opened = open_bundle(root)
     rounds = earlier_rounds(root, opened.manifest.bundle_sha256)
     report = validate_bundle(opened, progress=listener, rounds=rounds)
-    write_report(report, root)
+    try:
+        with explained(opened.folder.report):
+            write_report(report, root)
+    except OutputError as error:
+        listener.warn(f"the report is not kept: {error}")
     return report
 
 
@@ -420,13 +442,13 @@ def calibrate_profile(
     profile, target, listener = profile_of(base), as_path(out, "out"), listener_of(progress)
     if target.suffix != ".toml":
         raise UsageError(f"out: expected the name of a .toml file, found {str(target)!r}")
-    if target.exists() and not as_flag(force, "force"):
-        raise ArtifactError(f"{target} exists already: choose another name, or pass --force to replace it")
+    from packager.io.outputs import require_file, write_output
+
+    replacing = as_flag(force, "force")
     require_extra("score", SCORE_LIBRARIES, "'profiles calibrate'")
-    from packager.io.files import write_text
+    require_file(target, force=replacing)
     from packager.memory.calibrate import calibrate
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     found = calibrate(profile, target.parent, listener)
-    write_text(target, with_memory(profile, found.section()))
+    write_output(target, with_memory(profile, found.section()).encode())
     return found

@@ -60,6 +60,14 @@ def opened_map(map: AnyPath | OpenedMap) -> OpenedMap:
     return open_map(as_path(map, "map"))
 
 
+def paths_of(*given: object) -> list[Path]:
+    """Where what was given lies on disk, of what was given as a path or as an opened map."""
+    from packager.scoremap.opening import OpenedMap
+
+    found = [item.folder.root if isinstance(item, OpenedMap) else item for item in given]
+    return [Path(item) for item in found if isinstance(item, str | PathLike)]
+
+
 def model_name(model: AnyPath) -> str:
     """A model's folder, file or name, as text."""
     return str(as_path(model, "model"))

@@ -8,7 +8,7 @@ from typing import Any
 from packager.bundle.folder import REQUIRED_ROLES
 from packager.errors import ArtifactError
 from packager.forms.registry import Form, form_bytes, parse_form
-from packager.io.files import sha256_json
+from packager.io.files import require_distinct, sha256_json
 from packager.io.records import from_plain, without_none
 from packager.planning.predicted_memory import PredictedMemory
 from packager.profile import PROVIDERS
@@ -131,6 +131,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
             f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: build the bundle again"
         )
     manifest = from_plain(Manifest, data, where)
+    require_distinct([entry.path for entry in manifest.files], where)
     if files_hash(manifest.files) != manifest.bundle_sha256:
         raise ArtifactError(
             f"{where}: its files do not add up to its bundle_sha256: the manifest was altered, build the bundle again"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from packager.bundle.folder import MANIFEST_FILE, BundleFolder
+from packager.bundle.folder import MANIFEST_FILE, UNLISTED, BundleFolder
 from packager.bundle.manifest import Manifest, parse_manifest
 from packager.errors import ArtifactError
-from packager.io.files import inner_path, read_json, sha256_file
+from packager.io.files import inner_path, read_json, refuse_stray_links, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,7 @@ def open_bundle(root: Path) -> OpenedBundle:
             f"{root} is not a bundle ({MANIFEST_FILE} is missing): make one with 'packager pack' or 'packager build'"
         )
     manifest = parse_manifest(read_json(folder.manifest), str(folder.manifest))
+    refuse_stray_links(root, [*(entry.path for entry in manifest.files), *UNLISTED])
     for entry in manifest.files:
         file = inner_path(root, entry.path)
         if not file.is_file():

@@ -8,9 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from packager.cli.parser import parse
-from packager.errors import PackagerError
+from packager.errors import OutputError, PackagerError
+from packager.io.failures import is_disk_full, output_error
+from packager.runtime.processes import StoppedError, stopping
 
 _INTERRUPTED = 130
 
@@ -25,32 +28,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         arguments = parse(words)
-        status = int(arguments.verb(arguments))
+        with stopping():
+            status = int(arguments.verb(arguments))
         print(end="", flush=True)  # here, where a reader that has gone is an exception to catch
         return status
     except PackagerError as error:
-        # Not from what was parsed: it may be that nothing could be.
-        if any(len(word) > 2 and "--json".startswith(word) for word in words):
-            detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
-            print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
-        print(f"packager: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
+        return _refused(error, words)
+    except KeyboardInterrupt as stopped:
         print(
             "packager: interrupted; nothing was left under a final name, and 'packager score' resumes where it was",
             file=sys.stderr,
         )
-        return _INTERRUPTED
+        return stopped.status if isinstance(stopped, StoppedError) else _INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has gone: nothing more to say, and nothing to flush at exit.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"packager: {error.strerror or error}{where}: free some space or choose another folder; nothing was left "
-            f"half-written",
-            file=sys.stderr,
-        )
-        return 1
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_disk_full(error):
+            raise
+        name = getattr(error, "filename", None)
+        said = output_error(error, Path(name if isinstance(name, str) else "here"))
+        return _refused(said or OutputError(f"{error}; nothing was left half-written"), words)
+
+
+def _refused(error: PackagerError, words: Sequence[str]) -> int:
+    """Say what is wrong, as JSON too where that was asked for; the exit status."""
+    # Not from what was parsed: it may be that nothing could be.
+    if any(len(word) > 2 and "--json".startswith(word) for word in words):
+        detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
+        print(json.dumps({"error": type(error).__name__, "message": str(error)} | detail))
+    print(f"packager: {error}", file=sys.stderr)
+    return error.exit_code

@@ -96,7 +96,8 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("map", type=Path, metavar="MAP")
     _target(plan)
-    plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write plan.json here")
+    plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write plan.json here, over an older plan too")
+    plan.add_argument("--force", action="store_true", help="replace an existing FILE that is no plan")
 
     curve = _verb(
         subparsers,
@@ -153,6 +154,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw the curve: FILE.png or FILE.svg (needs the extra 'plot')",
     )
+    curve.add_argument("--force", action="store_true", help="replace an existing FILE")
 
     build = _verb(
         subparsers,

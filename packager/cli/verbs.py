@@ -82,7 +82,8 @@ def plan(arguments: argparse.Namespace) -> int:
         frontier = packager.frontier(arguments.map, **target)
     plan = frontier[0] if frontier else packager.plan(arguments.map, **target)
     if arguments.output:
-        packager.write_plan(plan, out=arguments.output)
+        inputs = [arguments.map, arguments.profile]
+        packager.write_plan(plan, out=arguments.output, force=arguments.force, inputs=inputs)
     if arguments.json:
         _print_json(plan.to_dict() | ({"frontier": render.frontier_dicts(frontier)} if frontier else {}))
     else:
@@ -96,10 +97,12 @@ def curve(arguments: argparse.Namespace) -> int:
     """Show what every size costs."""
     from packager.cli import render
     from packager.cli.plot import curve_picture, require_plot
-    from packager.io.files import write_bytes
+    from packager.io.outputs import require_file, write_output
 
     if arguments.output:
         require_plot(arguments.output)
+        inputs = [arguments.map, *([arguments.text] if arguments.text else [])]
+        require_file(arguments.output, force=arguments.force, inputs=inputs)
     with _progress() as progress:
         curve = packager.curve(
             arguments.map,
@@ -112,7 +115,7 @@ def curve(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.output:
-        write_bytes(arguments.output, curve_picture(curve, arguments.output.suffix))
+        write_output(arguments.output, curve_picture(curve, arguments.output.suffix))
     if arguments.json:
         _print_json(curve.to_dict())
     else:

@@ -16,7 +16,6 @@ import importlib.util
 import io
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from packager.errors import ExportError, UnsupportedModelError
 from packager.graph.names import EMBEDDING, GENAI_FILE, GRAPH_FILE, MATRIX_SUFFIX
 from packager.io.files import write_text
+from packager.io.leftovers import scratch_folder
 
 DRAWN_AS = {
     "CwmForCausalLM": "LlamaForCausalLM",
@@ -79,11 +79,12 @@ def export_skeleton(
     working = _readable(config)
     working.architectures = [architecture]
     model = meta_model(config, vectors)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as folder:
         # The exporter reads generation settings from the folder the config says it came from.
+        scratch = str(folder)
         working._name_or_path = scratch
         if (source := getattr(config, "_generation_settings", None)) is not None:
-            Path(scratch, "generation_config.json").write_text(json.dumps(source))
+            Path(scratch, "generation_config.json").write_text(json.dumps(source), encoding="utf-8")
         seams = {
             "load_weights": lambda self, path: model,
             "save_model": lambda self, folder: captured.append(self.model),
@@ -117,7 +118,7 @@ def export_skeleton(
                     f"the exporter failed on {architecture} ({type(error).__name__}: {error}); it said: "
                     f"{log.getvalue()[-300:]}"
                 ) from error
-        genai = json.loads(Path(scratch, GENAI_FILE).read_text())
+        genai = json.loads(Path(scratch, GENAI_FILE).read_text(encoding="utf-8"))
     graph_model = captured[0]
     _fix_cache_width(graph_model, int(genai["model"]["decoder"]["head_size"]))
     _fix_rotary_tables(graph_model, model, config)

@@ -81,7 +81,8 @@ def make_synthetic(
     else:
         _make_tokenizer(tokens or config.vocab_size, folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"})
+        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}),
+        encoding="utf-8",
     )
     geometry = read_geometry(
         config, nodes=nodes, tokenizer=folder / "tokenizer.json", genai=read_json(folder / GENAI_FILE)
@@ -170,7 +171,7 @@ def write_synthetic(model: SyntheticModel, settings: ProcessSettings, out: Path)
     genai = bounded_config(read_json(model.folder / GENAI_FILE), bounds)
     # Random weights may say stop at once.
     genai["search"]["min_length"] = settings.context_tokens
-    (out / GENAI_FILE).write_text(json.dumps(genai))
+    (out / GENAI_FILE).write_text(json.dumps(genai), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model.folder / name, out)
     # Frequent tokens have low ids. This exponent touches as many pages of an embedding as English text and Python code

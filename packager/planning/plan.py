@@ -85,6 +85,14 @@ class Plan:
         return from_plain(cls, data, where)
 
 
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan of ours, of whatever version, that another may replace."""
+    try:
+        return {"schema", "map_sha256", "choices"} <= read_json(path).keys()
+    except ArtifactError:
+        return False
+
+
 def profile_hash(profile: DeviceProfile) -> str:
     """Hash of everything a profile says."""
     return sha256_json(asdict(profile))

@@ -10,8 +10,8 @@ package, and spells the names of files, keys and tensors of a bundle for itself,
 
 import argparse
 import hashlib
-import io
 import json
+import os
 import re
 import struct
 import sys
@@ -36,17 +36,45 @@ def phase(name: str) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: peak, and resident now, anonymous and mapped apart. Empty where /proc is not there."""
+    """Bytes of this process: peak, and resident now, anonymous and mapped apart. The peak alone where there is no
+    /proc, and nothing where the system does not tell that either."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return {}
+        peak = _peak_without_proc()
+        return {} if peak is None else {"peak_bytes": peak}
     wanted = {"VmHWM": "peak_bytes", "RssAnon": "anonymous_bytes", "RssFile": "mapped_bytes"}
     return {
         wanted[key]: int(value.split()[0]) * 1024
         for key, _, value in (line.partition(":") for line in lines)
         if key in wanted
     }
+
+
+def peak_bytes() -> int | None:
+    """The most resident memory this process has had so far; None where the system does not tell."""
+    return memory().get("peak_bytes")
+
+
+def _peak_without_proc() -> int | None:
+    """The peak as Windows tells psutil, where that is installed, or as getrusage tells it elsewhere."""
+    try:
+        import psutil
+
+        peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+        if peak:
+            return int(peak)
+    except Exception:  # not installed, or it too needs what this system lacks
+        pass
+    if sys.platform == "win32":
+        return None
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # macOS counts bytes, the other systems kibibytes.
+    return (most if sys.platform == "darwin" else most * 1024) or None
 
 
 def sha256(path: Path) -> str:
@@ -306,7 +334,8 @@ def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
 
     phase("load")
     start = time.perf_counter()
-    model = og.Model(str(root))
+    # A locale without UTF-8 reads other letters in a path as bytes, which the runtime would not take.
+    model = og.Model(os.fsencode(root).decode("utf-8", "surrogateescape"))
     tokenizer = og.Tokenizer(model)
     load = time.perf_counter() - start
     bounds, rules = manifest["bounds"], text_rules(root)
@@ -345,7 +374,7 @@ def main() -> int:
         "bundle",
         nargs="?",
         type=Path,
-        default=Path(__file__).resolve().parent,
+        default=Path(__file__).absolute().parent,  # in a hub's cache this file is a link to where no bundle is
         help="the bundle's folder; this file's own by default",
     )
     parser.add_argument("--json", type=Path, help="write the document to this file as well")
@@ -355,12 +384,12 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     report = run(arguments.bundle, arguments.prompt, arguments.golden or arguments.bundle / "golden.safetensors")
-    text = json.dumps(report, indent=2, ensure_ascii=False)
     if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # the answer and the model's name are in any script
-    print(text)
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        arguments.json.write_text(text, encoding="utf-8", newline="\n")
+    # An output that cannot hold every letter gets them escaped.
+    spelt = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(report, indent=2, ensure_ascii=not spelt))
     return 0 if report["passed"] else 3
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import ArtifactError, UsageError
-from packager.io.files import read_json, sha256_file
+from packager.io.files import read_json, require_distinct, sha256_file
 from packager.io.records import from_plain
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
@@ -105,6 +105,7 @@ def read_identity(root: Path) -> MapIdentity:
             f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
         )
     identity = MapIdentity.from_dict(data, str(path))
+    require_distinct(identity.files, str(path))
     found = sha256_file(folder.scoremap)
     if identity.files.get(SCOREMAP_FILE) != found:
         raise ArtifactError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from packager.graph.names import GENAI_FILE, GRAPH_FILE
 from packager.graph.skeleton import export_skeleton
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.files import read_json, write_text
+from packager.io.leftovers import scratch_folder
 from packager.io.safetensors_ranges import read_header
 from packager.profile import FLOAT
 from packager.runtime.genai_config import GenaiBounds, bounded_config
@@ -73,8 +73,7 @@ def check_graph(config: PretrainedConfig) -> GraphCheck:
     prompts = {0: dice.integers(2, _VOCABULARY, _SHORT_TOKENS + 1)}
     prompts |= {real: dice.integers(2, _VOCABULARY, short + _BEYOND_TOKENS + 1) for real, short in lengths.items()}
     expected = {length: _torch_logits(model, ids) for length, ids in prompts.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         genai = _write(model, small, folder, max(map(len, prompts.values())) + 1)
         errors = {}
         for pieces in (0, PIECE_TOKENS):

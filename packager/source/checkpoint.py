@@ -70,6 +70,11 @@ class Checkpoint:
     files: tuple[Path, ...]
     gguf: bool
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What it is read from: its folder, of a GGUF the file alone."""
+        return self.files if self.gguf else (self.folder,)
+
     def config(self) -> PretrainedConfig:
         """The model's configuration, held against the heads of the weight files: it is of a model that can be packed,
         and the files hold its weights and nothing besides.

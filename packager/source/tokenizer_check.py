@@ -8,7 +8,6 @@ can (a template that it renders alike, token ids put around a text), or the mode
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from packager.errors import PackagerError, RuntimeCheckError, UnsupportedModelError
 from packager.io.files import dump_json
+from packager.io.leftovers import scratch_folder
 from packager.runtime.tokenizer_probe import ask, first_line
 from packager.source.chat_template import ChatTemplate, Conversation, plain_loop, spelled_out
 from packager.source.tokenizer_files import TOKENIZER_FILE, TokenizerFiles, steps, tokenizer_files
@@ -87,8 +87,7 @@ def check_runtime_tokenizer(
     if without_template:
         template = None
     files = tokenizer_files(tokenizer, template.text if template else None, source_file, rows=_rows(config))
-    with tempfile.TemporaryDirectory(prefix="packager-") as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         config.save_pretrained(folder)
         (folder / "genai_config.json").write_text(dump_json(_GENAI), encoding="utf-8")
         files, encoded, decoded, known = _tokenized(folder, tokenizer, template, files)

@@ -7,7 +7,6 @@ that was left out because torch is not installed: all that needs none is checked
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from packager.bundle.folder import GOLDEN_FILE
 from packager.bundle.manifest import Manifest, Measured
 from packager.bundle.opening import OpenedBundle
 from packager.errors import MissingExtraError
+from packager.io.leftovers import scratch_folder
 from packager.progress import Progress
 from packager.runtime.providers import require_supported
 from packager.scoremap.reference import HeldOut
@@ -62,11 +62,11 @@ def validate_bundle(
         progress.advance()
     held_out = folder.reference.held_out().cut(manifest.bounds.context_tokens)
     in_torch = None
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         golden = folder.golden
         if torch_side is not None:
             if not golden.is_file():
-                golden = Path(scratch, GOLDEN_FILE)
+                golden = scratch / GOLDEN_FILE
                 _write_golden(torch_side, golden, manifest)
             in_torch = _in_torch(torch_side, held_out, progress)
             del torch_side
@@ -181,7 +181,7 @@ def _device_checks(accepted: Acceptance, budget: int) -> list[Check]:
         ]
     checks = list(document.checks)
     if accepted.peak_bytes is None:
-        checks.append(_reported("peak resident memory of the process", "not measured: this system has no /proc", ""))
+        checks.append(_reported("peak resident memory of the process", "not measured: this system does not say", ""))
     checks.append(
         Check(
             name="memory limit enforced during the test",
