@@ -7,11 +7,13 @@ and the result says "not enforced". RLIMIT_AS is no substitute: address space is
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ _ROOT = Path("/sys/fs/cgroup")
 _SWAPS = Path("/proc/swaps")
 _KILLED = (KILLED, 128 - KILLED)
 _PROBE_SECONDS = 10
+_REMOVALS, _BETWEEN_REMOVALS_SECONDS = 20, 0.02
 _V2, _V1, _SYSTEMD, _JOB = "cgroup v2", "cgroup v1", "systemd scope", "job object, on committed memory"
 _GROUP = "packager-"
 _NEARLY = 0.95
@@ -242,13 +245,24 @@ def _make_group(parent: Path, mechanism: str, limit_bytes: int) -> _Limit | None
     except (OSError, subprocess.SubprocessError):
         _remove(folder)
         return None
+    except BaseException:  # a signal that asks this process to end
+        _remove(folder)
+        raise
     return _Limit(prefix=enter, mechanism=mechanism, group=folder, swaps=swaps)
 
 
 def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        with contextlib.suppress(OSError):
+    if folder is None:
+        return
+    # The kernel takes a moment to let go of a group whose processes it has ended.
+    for _ in range(_REMOVALS):
+        try:
             folder.rmdir()
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return
+        time.sleep(_BETWEEN_REMOVALS_SECONDS)
 
 
 def _has_swap() -> bool:

@@ -983,7 +983,7 @@ def test_what_cannot_be_kept_of_a_validation_is_said_and_the_verdict_stands(
     done = packager_("validate", bundle_copy, "--json")
     assert done.json["passed"] is (done.code == 0)
     last = done.err.splitlines()[-1]
-    assert last.startswith("packager: the report is not kept: cannot write ")
+    assert last.startswith("packager: warning: the report is not kept: cannot write ")
     assert "that file system is read-only" in last
 
 
