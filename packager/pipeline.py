@@ -128,7 +128,7 @@ def _validated(
 
         progress.phase("golden outputs in torch", 1)
         torch_side = reference.load_reference(bundle)
-        reference.write_golden(torch_side, bundle.folder.golden, context_tokens=recipe.plan.context_tokens)
+        reference.write_golden(torch_side, bundle, bundle.folder.golden)
         bundle = with_golden(bundle)
         progress.advance()
     write_manifest(bundle)  # what is tested is what it says

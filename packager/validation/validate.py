@@ -65,15 +65,13 @@ def validate_bundle(
     with tempfile.TemporaryDirectory() as scratch:
         golden = folder.golden
         if torch_side is not None:
-            if not golden.is_file():
-                golden = Path(scratch, GOLDEN_FILE)
-                _write_golden(torch_side, golden, manifest)
+            golden = _whole_golden(torch_side, bundle, Path(scratch, GOLDEN_FILE))
             in_torch = _in_torch(torch_side, held_out, progress)
             del torch_side
         progress.phase("acceptance test under the memory limit", 1)
         accepted = run_acceptance(folder.root, manifest.bounds.budget_bytes, golden)
         progress.advance()
-        has_golden = golden.is_file()
+        not_compared = _golden_left_out(golden, missing) if missing else []
     # A runtime that cannot run the bundle in a process of its own is not let into this one, where a crash would be
     # ours.
     runs = accepted.document is not None or accepted.process.killed_at_limit
@@ -83,7 +81,7 @@ def validate_bundle(
         bundle_sha256=manifest.bundle_sha256,
         checks=(
             *_device_checks(accepted, manifest.bounds.budget_bytes),
-            *(_golden_left_out(missing) if missing and not has_golden else ()),
+            *not_compared,
             Check(name="key/value cache", value=manifest.cache, limit=None, unit="", passed=None),
             *_loss_checks(manifest, _source_nats(held_out), in_torch, on_runtime, missing),
         ),
@@ -115,10 +113,18 @@ class _OnRuntime:
     graph_error: float | None
 
 
-def _write_golden(torch_side: Reference, out: Path, manifest: Manifest) -> None:
+def _whole_golden(torch_side: Reference, bundle: OpenedBundle, scratch: Path) -> Path:
+    """The bundle's golden file; where it has none, or one of an earlier version without long prompts, one made for the
+    occasion at `scratch`."""
+    from packager.bundle.golden import has_contexts, with_contexts
     from packager.validation import reference
 
-    reference.write_golden(torch_side, out, context_tokens=manifest.bounds.context_tokens)
+    own = bundle.folder.golden
+    if not own.is_file():
+        reference.write_golden(torch_side, bundle, scratch)
+    elif not has_contexts(own):
+        with_contexts(own, reference.golden_contexts(torch_side, bundle), scratch)
+    return scratch if scratch.is_file() else own
 
 
 def _source_nats(held_out: HeldOut) -> float:
@@ -207,10 +213,16 @@ def _device_checks(accepted: Acceptance, budget: int) -> list[Check]:
     return checks
 
 
-def _golden_left_out(missing: MissingExtraError) -> list[Check]:
-    """The rows of the acceptance test that compare with a golden file, which neither the bundle nor this environment
-    has."""
-    names = ("tokenizer against the source model's", "next-token logits and greedy tokens against PyTorch")
+def _golden_left_out(golden: Path, missing: MissingExtraError) -> list[Check]:
+    """The rows of the acceptance test that compare with what `golden`, the bundle's own file, does not hold and
+    this environment cannot make."""
+    from packager.bundle.golden import has_contexts
+
+    names = ["tokenizer against the source model's", "next-token logits and greedy tokens against PyTorch"]
+    if golden.is_file():
+        names = []
+    if not (golden.is_file() and has_contexts(golden)):
+        names.append("divergence at the end of a full context")
     return [left_out(name, missing) for name in names]
 
 
