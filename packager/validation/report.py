@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ class Check:
     limit: Value
     unit: str
     passed: bool | None
+
+
+def number(value: float) -> Value:
+    """A measured number as a report can hold it: JSON has none for what is not finite."""
+    return value if math.isfinite(value) else "not a number"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
