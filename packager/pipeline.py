@@ -23,7 +23,8 @@ from packager.progress import Progress
 from packager.scoremap.folder import MapFolder
 from packager.scoremap.opening import OpenedMap, open_map
 from packager.validation.acceptance import run_acceptance
-from packager.validation.report import Round, ValidationReport, write_report
+from packager.validation.page import write_report
+from packager.validation.report import Round, ValidationReport
 
 if TYPE_CHECKING:
     from packager.scoremap.settings import ScoreSettings

@@ -18,6 +18,7 @@ from packager.profile import DeviceProfile, load_profile
 from packager.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from packager.bundle.opening import OpenedBundle
     from packager.planning.plan import Request
     from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings, ScoreSettings
@@ -57,6 +58,13 @@ def opened_map(map: AnyPath | OpenedMap) -> OpenedMap:
     if not isinstance(map, str | PathLike):
         raise UsageError(f"map: expected a folder or an opened map, found {map!r}")
     return open_map(as_path(map, "map"))
+
+
+def opened_bundle(bundle: AnyPath | OpenedBundle) -> OpenedBundle:
+    """A bundle from its folder, every file checked, or as it is. UsageError for what is neither."""
+    from packager.bundle import opening
+
+    return bundle if isinstance(bundle, opening.OpenedBundle) else opening.open_bundle(as_path(bundle, "bundle"))
 
 
 def model_name(model: AnyPath) -> str:

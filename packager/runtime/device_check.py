@@ -335,7 +335,23 @@ def say(og: Any, model: Any, tokenizer: Any, rules: dict[str, Any], prompt: str,
     return decode(tokenizer, generator.get_sequence(0)[len(ids) :], rules)
 
 
-def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
+def check_report(root: Path, bundle: str) -> dict[str, Any]:
+    """What the report beside the bundle of that hash says of it: told, not judged."""
+    try:
+        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+        failed = [check["name"] for check in report["checks"] if check["passed"] is False]
+        of_this, passed = report["bundle_sha256"] == bundle, report["passed"] is True
+    except FileNotFoundError:
+        said = "never validated: it has no report"
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        said = "not known: its report cannot be read"
+    else:
+        said = "valid" if passed and not failed else f"NOT VALID: {', '.join(map(str, failed[:3]))}"
+        said = said if of_this else "not known: its report is of another bundle"
+    return row("what this bundle's own report says", said, None, "", True) | {"passed": None}
+
+
+def run(root: Path, prompt: str, golden_path: Path, with_report: bool = True) -> dict[str, Any]:
     """All checks of the bundle in `root`; the golden ones where `golden_path` exists."""
     manifest = json.loads((root / "packager.json").read_text(encoding="utf-8"))
     phase("hashes")
@@ -366,10 +382,12 @@ def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
                 "peak resident memory of the process", used["peak_bytes"], budget, "bytes", used["peak_bytes"] <= budget
             )
         )
+    if with_report:
+        checks.append(check_report(root, manifest["bundle_sha256"]))
     phase("answer")
     answer = say(og, model, tokenizer, rules, prompt, 48, bounds["context_tokens"])
     return {
-        "passed": all(check["passed"] for check in checks),
+        "passed": all(check["passed"] is not False for check in checks),
         "checks": checks,
         "memory": used,
         "speed": speed | {"load_seconds": round(load, 3)},
@@ -393,8 +411,10 @@ def main() -> int:
     parser.add_argument(
         "--prompt", default="Name three things a small computer is good for.", help="what to ask the model at the end"
     )
+    parser.add_argument("--no-report", action="store_true", help="leave out what report.json says: it is being made")
     arguments = parser.parse_args()
-    report = run(arguments.bundle, arguments.prompt, arguments.golden or arguments.bundle / "golden.safetensors")
+    golden = arguments.golden or arguments.bundle / "golden.safetensors"
+    report = run(arguments.bundle, arguments.prompt, golden, not arguments.no_report)
     text = json.dumps(report, indent=2, ensure_ascii=False)
     if arguments.json:
         arguments.json.write_text(text + "\n", encoding="utf-8")
