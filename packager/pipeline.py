@@ -23,7 +23,8 @@ from packager.progress import Progress
 from packager.scoremap.folder import MapFolder
 from packager.scoremap.opening import OpenedMap, open_map
 from packager.validation.acceptance import run_acceptance
-from packager.validation.report import Round, ValidationReport, write_report
+from packager.validation.page import write_report
+from packager.validation.report import Round, ValidationReport
 
 if TYPE_CHECKING:
     from packager.scoremap.settings import ScoreSettings
@@ -130,7 +131,7 @@ def _validated(
 
         progress.phase("golden outputs in torch", 1)
         torch_side = reference.load_reference(bundle)
-        reference.write_golden(torch_side, bundle.folder.golden, context_tokens=recipe.plan.context_tokens)
+        reference.write_golden(torch_side, bundle, bundle.folder.golden)
         bundle = with_golden(bundle)
         progress.advance()
     write_manifest(bundle)  # what is tested is what it says

@@ -22,6 +22,7 @@ from packager.api.given import (
     device_here,
     listener_of,
     model_name,
+    opened_bundle,
     opened_map,
     paths_of,
     polishing_with,
@@ -278,7 +279,8 @@ def validate(bundle: AnyPath, *, progress: Progress | None = None) -> Validation
     """
     root, listener = as_path(bundle, "bundle"), listener_of(progress)
     from packager.io.failures import explained
-    from packager.validation.report import earlier_rounds, write_report
+    from packager.validation.page import write_report
+    from packager.validation.report import earlier_rounds
     from packager.validation.validate import validate_bundle
 
     opened = open_bundle(root)
@@ -340,23 +342,24 @@ def curve(
     return measure_sizes.measure(opened, device, predicted, chosen, measured_text, progress=listener)
 
 
-def run(bundle: AnyPath, *, prompt: str, tokens: int = 128, chat: bool = True) -> Iterator[str]:
+def run(bundle: AnyPath | OpenedBundle, *, prompt: str, tokens: int = 128, chat: bool = True) -> Iterator[str]:
     """The bundle's greedy answer to `prompt`, piece by piece as it comes: at most `tokens` new tokens.
 
-    Without `chat` the prompt is continued as it is, without the chat template.
+    Without `chat` the prompt is continued as it is, without the chat template. Whether the bundle is valid is not
+    asked: `report.json` beside it says.
 
     >>> import packager
     >>> answer = "".join(packager.run("pico.bundle", prompt="Where is the water?", tokens=4))
     >>> isinstance(answer, str)
     True
     """
-    root, text = as_path(bundle, "bundle"), as_text(prompt, "prompt")
-    most, templated = checked(arguments.ANSWER_TOKENS, tokens, "tokens"), as_flag(chat, "chat")
+    text, most = as_text(prompt, "prompt"), checked(arguments.ANSWER_TOKENS, tokens, "tokens")
+    templated = as_flag(chat, "chat")
+    opened = opened_bundle(bundle)
     from packager.runtime.sessions import generate
 
-    opened = open_bundle(root)
     return generate(
-        root,
+        opened.folder.root,
         text,
         context_tokens=opened.manifest.bounds.context_tokens,
         most_tokens=most,

@@ -18,6 +18,7 @@ from packager.profile import DeviceProfile, load_profile
 from packager.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from packager.bundle.opening import OpenedBundle
     from packager.planning.plan import Request
     from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings, ScoreSettings
@@ -66,6 +67,13 @@ def paths_of(*given: object) -> list[Path]:
 
     found = [item.folder.root if isinstance(item, OpenedMap) else item for item in given]
     return [Path(item) for item in found if isinstance(item, str | PathLike)]
+
+
+def opened_bundle(bundle: AnyPath | OpenedBundle) -> OpenedBundle:
+    """A bundle from its folder, every file checked, or as it is. UsageError for what is neither."""
+    from packager.bundle import opening
+
+    return bundle if isinstance(bundle, opening.OpenedBundle) else opening.open_bundle(as_path(bundle, "bundle"))
 
 
 def model_name(model: AnyPath) -> str:

@@ -15,7 +15,8 @@ from packager.profile import DeviceProfile
 from packager.scoremap.identity import MapIdentity
 from packager.scoremap.opening import OpenedMap
 from packager.sizes import format_size
-from packager.validation.report import ValidationReport, round_text, shown, verdict
+from packager.validation.advice import advice, failures
+from packager.validation.report import ValidationReport, round_text, shown, verdict, verdict_of
 
 if TYPE_CHECKING:
     from packager.memory.calibrate import MeasuredCoefficients
@@ -161,7 +162,9 @@ def report_text(report: ValidationReport) -> str:
     if report.answer:
         lines.append(f"asked: {report.answer.prompt}")
         lines.append(f"answered: {report.answer.text.strip()}")
-    lines.append("VALID" if report.passed else "NOT VALID: see the checks marked FAIL")
+    lines.append("VALID" if report.passed else "NOT VALID")
+    lines += [f"  {line}" for line in failures(report.checks)]
+    lines += [f"next: {line}" for line in advice(report.checks)]
     return "\n".join(lines)
 
 
@@ -226,10 +229,12 @@ def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
             "smallest_bytes": sizes[1],
         } | identity
     if isinstance(found, OpenedBundle):
-        manifest = found.manifest.to_dict()
+        manifest, verdict_ = found.manifest.to_dict(), verdict_of(found.folder.root, found.manifest.bundle_sha256)
         shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
         return {
             "kind": "bundle",
+            "valid": verdict_.valid,
+            "report": verdict_.words or "all checks passed",
             "files": len(manifest["files"]),
             "bytes": sum(entry["bytes"] for entry in manifest["files"]),
             "forms": forms_text(unit["form"] for unit in manifest["units"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import packager
@@ -155,9 +156,15 @@ def validate(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate text."""
-    pieces = packager.run(arguments.bundle, prompt=arguments.prompt, tokens=arguments.tokens, chat=not arguments.raw)
+    from packager.validation.report import verdict_of
+
+    opened = packager.open_bundle(arguments.bundle)
+    verdict = verdict_of(opened.folder.root, opened.manifest.bundle_sha256)
+    if verdict.words:
+        print(f"packager: warning: {verdict.words}", file=sys.stderr)
+    pieces = packager.run(opened, prompt=arguments.prompt, tokens=arguments.tokens, chat=not arguments.raw)
     if arguments.json:
-        _print_json({"prompt": arguments.prompt, "text": "".join(pieces)})
+        _print_json({"prompt": arguments.prompt, "text": "".join(pieces), "valid": verdict.valid})
         return 0
     for piece in pieces:
         print(piece, end="", flush=True)

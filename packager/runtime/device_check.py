@@ -178,6 +178,14 @@ def strip(text: str, rules: dict[str, Any]) -> str:
     return text[spaces if most < 0 else min(spaces, most) :]
 
 
+def divergence_row(name: str, divergences: list[float], unit: str) -> dict[str, Any]:
+    """The worst of some divergences against the limit; what is no number is over it."""
+    passed = all(divergence <= KL_LIMIT_NATS for divergence in divergences)
+    finite = all(abs(divergence) < float("inf") for divergence in divergences)
+    worst = round(max(divergences, default=0.0), 6) if finite else "not a number"
+    return row(name, worst, KL_LIMIT_NATS, unit, passed)
+
+
 def check_tokenizer(tokenizer: Any, golden: dict[str, Any], rules: dict[str, Any]) -> list[dict[str, Any]]:
     """Encode and decode real text as the source tokenizer does."""
     import numpy as np
@@ -214,7 +222,8 @@ def check_golden(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, 
     """Last logits and greedy tokens of the golden prompts against the reference's."""
     import numpy as np
 
-    worst_kl, undecided, wrong, total, count = 0.0, 0, 0, 0, 0
+    divergences: list[float] = []
+    undecided, wrong, total, count = 0, 0, 0, 0
     while f"prompt.{count}.ids" in golden:
         ids, logits, greedy, gaps = (golden[f"prompt.{count}.{part}"] for part in ("ids", "logits", "greedy", "gaps"))
         params = og.GeneratorParams(model)
@@ -222,7 +231,7 @@ def check_golden(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, 
         generator = og.Generator(model, params)
         generator.append_tokens(ids)
         found = np.asarray(generator.get_logits()).reshape(-1)[-len(logits) :]
-        worst_kl = max(worst_kl, kl_divergence(logits, found))
+        divergences.append(kl_divergence(logits, found))
         spread = float(logits.std())
         for step, expected in enumerate(greedy):
             if generator.is_done():
@@ -237,13 +246,7 @@ def check_golden(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, 
         del generator
         count += 1
     return [
-        row(
-            "KL divergence of the next-token distribution from PyTorch, worst prompt",
-            round(worst_kl, 6),
-            KL_LIMIT_NATS,
-            "nats",
-            worst_kl <= KL_LIMIT_NATS,
-        ),
+        divergence_row("KL divergence of the next-token distribution from PyTorch, worst prompt", divergences, "nats"),
         row(
             "prompts whose greedy tokens differ from PyTorch other than at a near tie",
             wrong,
@@ -252,6 +255,39 @@ def check_golden(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, 
             wrong == 0,
         ),
     ]
+
+
+def check_contexts(og: Any, model: Any, golden: dict[str, Any], filled: Any) -> list[dict[str, Any]]:
+    """Last logits of long prompts, in the bundle's own pieces, against the reference's.
+
+    They are prompts of the same text. `filled` holds the tokens of the longest that the bundle takes and the logits
+    after it, which are known from filling the context.
+    """
+    import numpy as np
+
+    if "context.0.ids" not in golden:
+        return []  # made by a version that did not ask, or where no reference was
+    divergences, lengths, count = [], [], 0
+    while f"context.{count}.ids" in golden:
+        ids, logits, past = (golden[f"context.{count}.{part}"] for part in ("ids", "logits", "past"))
+        if np.array_equal(ids, filled[0]):
+            found = filled[1]
+        else:
+            params = og.GeneratorParams(model)
+            params.set_search_options(max_length=len(ids) + 1, do_sample=False)
+            generator = og.Generator(model, params)
+            generator.append_tokens(ids)
+            found = np.asarray(generator.get_logits()).reshape(-1)
+            del generator
+        divergences.append(kl_divergence(logits, found[-len(logits) :]))
+        lengths.append(f"{len(ids)} tokens" + (f" (past {int(past[0])})" if int(past[0]) else ""))
+        count += 1
+    unit = f"nats, the worst after {', '.join(lengths)}"
+    if len(golden["context.0.ids"]) < len(filled[0]):
+        unit += f"; not compared up to the longest prompt, of {len(filled[0])}"
+    if "context.left_out" in golden:
+        unit += f"; not compared past {', '.join(str(length) for length in golden['context.left_out'])}"
+    return [divergence_row("divergence at the end of a full context", divergences, unit)]
 
 
 def check_stops(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, Any]]:
@@ -279,8 +315,9 @@ def check_stops(og: Any, model: Any, golden: dict[str, Any]) -> list[dict[str, A
     return [row("stop tokens that do not stop", len(missed), 0, names, not missed)]
 
 
-def fill_context(og: Any, model: Any, text: Any, prompt_tokens: int, context_tokens: int) -> dict[str, Any]:
-    """The longest prompt, of `text`'s tokens, and the fullest context: tokens per second of both phases."""
+def fill_context(og: Any, model: Any, text: Any, prompt_tokens: int, context_tokens: int) -> tuple[dict[str, Any], Any]:
+    """The longest prompt, of `text`'s tokens, and the fullest context: tokens per second of both phases, and the
+    prompt's tokens with the logits after it."""
     import numpy as np
 
     phase("prefill")
@@ -290,7 +327,8 @@ def fill_context(og: Any, model: Any, text: Any, prompt_tokens: int, context_tok
     ids = np.resize(text.reshape(-1), prompt_tokens).astype(np.int32)
     start = time.perf_counter()
     generator.append_tokens(ids)
-    generator.get_logits()
+    # The buffer is the generator's own: the next run writes over it.
+    logits = np.array(generator.get_logits(), np.float32).reshape(-1)
     prefill = time.perf_counter() - start
     phase("decode")
     steps, start = 0, time.perf_counter()
@@ -298,11 +336,12 @@ def fill_context(og: Any, model: Any, text: Any, prompt_tokens: int, context_tok
         generator.generate_next_token()
         steps += 1
     decode = time.perf_counter() - start
-    return {
+    speed = {
         "prefill_tokens_per_second": round(prompt_tokens / prefill, 2),
         "decode_tokens_per_second": round(steps / max(decode, 1e-9), 2),
         "context_tokens": prompt_tokens + steps,
     }
+    return speed, (ids, logits)
 
 
 def say(og: Any, model: Any, tokenizer: Any, rules: dict[str, Any], prompt: str, most: int, context_tokens: int) -> str:
@@ -324,7 +363,23 @@ def say(og: Any, model: Any, tokenizer: Any, rules: dict[str, Any], prompt: str,
     return decode(tokenizer, generator.get_sequence(0)[len(ids) :], rules)
 
 
-def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
+def check_report(root: Path, bundle: str) -> dict[str, Any]:
+    """What the report beside the bundle of that hash says of it: told, not judged."""
+    try:
+        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+        failed = [check["name"] for check in report["checks"] if check["passed"] is False]
+        of_this, passed = report["bundle_sha256"] == bundle, report["passed"] is True
+    except FileNotFoundError:
+        said = "never validated: it has no report"
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        said = "not known: its report cannot be read"
+    else:
+        said = "valid" if passed and not failed else f"NOT VALID: {', '.join(map(str, failed[:3]))}"
+        said = said if of_this else "not known: its report is of another bundle"
+    return row("what this bundle's own report says", said, None, "", True) | {"passed": None}
+
+
+def run(root: Path, prompt: str, golden_path: Path, with_report: bool = True) -> dict[str, Any]:
     """All checks of the bundle in `root`; the golden ones where `golden_path` exists."""
     manifest = json.loads((root / "packager.json").read_text(encoding="utf-8"))
     phase("hashes")
@@ -340,13 +395,14 @@ def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
     load = time.perf_counter() - start
     bounds, rules = manifest["bounds"], text_rules(root)
     text = read_tensors(root / "reference.safetensors", only="heldout")["heldout"]
-    speed = fill_context(og, model, text, bounds["prompt_tokens"], bounds["context_tokens"])
+    speed, filled = fill_context(og, model, text, bounds["prompt_tokens"], bounds["context_tokens"])
     used = memory()
     # Memory is read before the golden file comes in: that is the test's, not the model's.
     phase("golden")
     golden = read_tensors(golden_path) if golden_path.is_file() else {}
     if golden:
         checks += check_tokenizer(tokenizer, golden, rules) + check_golden(og, model, golden)
+        checks += check_contexts(og, model, golden, filled)
         checks += check_stops(og, model, golden)
     if used:
         budget = bounds["budget_bytes"]
@@ -355,10 +411,12 @@ def run(root: Path, prompt: str, golden_path: Path) -> dict[str, Any]:
                 "peak resident memory of the process", used["peak_bytes"], budget, "bytes", used["peak_bytes"] <= budget
             )
         )
+    if with_report:
+        checks.append(check_report(root, manifest["bundle_sha256"]))
     phase("answer")
     answer = say(og, model, tokenizer, rules, prompt, 48, bounds["context_tokens"])
     return {
-        "passed": all(check["passed"] for check in checks),
+        "passed": all(check["passed"] is not False for check in checks),
         "checks": checks,
         "memory": used,
         "speed": speed | {"load_seconds": round(load, 3)},
@@ -382,8 +440,10 @@ def main() -> int:
     parser.add_argument(
         "--prompt", default="Name three things a small computer is good for.", help="what to ask the model at the end"
     )
+    parser.add_argument("--no-report", action="store_true", help="leave out what report.json says: it is being made")
     arguments = parser.parse_args()
-    report = run(arguments.bundle, arguments.prompt, arguments.golden or arguments.bundle / "golden.safetensors")
+    golden = arguments.golden or arguments.bundle / "golden.safetensors"
+    report = run(arguments.bundle, arguments.prompt, golden, not arguments.no_report)
     if arguments.json:
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         arguments.json.write_text(text, encoding="utf-8", newline="\n")

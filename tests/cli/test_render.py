@@ -14,7 +14,8 @@ from packager.io.files import dump_json
 from packager.memory.model import MemoryEstimate, MemoryItem, MemoryPhase
 from packager.planning.plan import Plan
 from packager.planning.predicted_memory import predicted_memory
-from packager.validation.report import Check, Round, ValidationReport, earlier_rounds, to_html
+from packager.validation.page import to_html
+from packager.validation.report import Check, Round, ValidationReport, earlier_rounds
 
 MIB = 1 << 20
 MEMORY = MemoryEstimate(
