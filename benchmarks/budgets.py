@@ -3,12 +3,12 @@
     python benchmarks/budgets.py --map MAP [--profile laptop-16gb] [--context 512] [--count 24 |
                                  --budgets 180MiB 200MiB …] [--repeats 3] [--most 9] [--json FILE]
 
-Budgets are spread evenly between the map's minimum and what the float16 model's size would need, and
-every model takes all that its budget allows. Every bundle is then run `--repeats` times under its limit and as often without one, in turns: the system can drop mapped weights and read
-them again, so a run that survives its limit may still crawl. What counts is the median ratio over all pairs of runs.
-Where it is below 0.9 after `--repeats` pairs, `--most` pairs are run; a ratio that stays below 0.9 fails. A failed
-check, a limit that nothing enforces, and a binding budget used to less than 93 % fail too. The exit status is 1 where
-any budget fails.
+Budgets are spread evenly between the map's minimum and what the float16 model's size would need, and every model takes
+all that its budget allows. Every bundle is then run `--repeats` times under its limit and as often without one, in
+turns: the system can drop mapped weights and read them again, so a run that survives its limit may still crawl. What
+counts is the median ratio over all pairs of runs. Where it is below 0.9 after `--repeats` pairs, `--most` pairs are
+run; a ratio that stays below 0.9 fails. A failed check, a limit that nothing enforces, and a binding budget used to
+less than 93 % fail too. The exit status is 1 where any budget fails.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
     """What was chosen, what it is predicted to weigh and cost, and where the memory goes; `wanted_tokens` is the
     context that the profile has, where the plan was to have it."""
     terms = plan.memory.terms
-    width = max(len(MARGIN_TEXT), *map(len, terms))
+    width = max(28, *map(len, terms), len(MARGIN_TEXT) if plan.margin_bytes else 0)
     whole = max(plan.budget_bytes, plan.peak_bytes, 1)
     bounded = (
         f", all that the model was made for ({plan.profile} has {wanted_tokens})"
