@@ -58,6 +58,7 @@ class MemoryCoefficients:
     fault_bytes: int = 64 * 2**10  # bytes that one page fault on the mapped weights maps
     distinct_factor: float = 3.0  # f in f * n^e, the separate lookups of a text of n tokens
     distinct_exponent: float = 0.65  # e in f * n^e
+    margin_bytes: int = 20 * 2**20  # bytes that a peak may exceed its prediction by, where nothing is measured
 
     @property
     def provenance(self) -> str:

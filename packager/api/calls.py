@@ -29,6 +29,7 @@ from packager.api.given import (
     profile_of,
     request_for,
     scoring_settings,
+    target_for,
 )
 from packager.errors import ArtifactError, OutputError, UsageError, require_extra
 from packager.profile import DeviceProfile, shipped_profiles, with_memory
@@ -57,6 +58,10 @@ def pack(
     budget: int | str | None = None,
     context: Context | None = None,
     kv_cache: str | None = None,
+    max_rise: float | None = None,
+    file_size: int | str | None = None,
+    ratio: float | None = None,
+    fill: bool = False,
     map: AnyPath | None = None,
     calibration: Paths | None = None,
     tokens: int = 32768,
@@ -81,7 +86,7 @@ def pack(
     >>> built.plan.peak_bytes <= built.plan.budget_bytes
     True
     """
-    request = request_for(profile, budget, context, kv_cache)
+    request = request_for(profile, budget, context, kv_cache, target_for(max_rise, file_size, ratio, fill))
     floats = as_flag(float_only, "float_only") or not request.profile.bits
     settings = scoring_settings(tokens, seed, quick, request.profile.provider, floats, method, acip)
     source, target, kept = model_name(model), as_path(out, "out"), None if map is None else as_path(map, "map")
@@ -158,11 +163,21 @@ def plan(
     budget: int | str | None = None,
     context: Context | None = None,
     kv_cache: str | None = None,
+    max_rise: float | None = None,
+    file_size: int | str | None = None,
+    ratio: float | None = None,
+    fill: bool = False,
     out: AnyPath | None = None,
     force: bool = False,
 ) -> Plan:
-    """The largest model of a map that fits; needs no model and no runtime. `out` is the plan.json to write, if any:
+    """The best model of a map that fits; needs no model and no runtime. `out` is the plan.json to write, if any:
     `force` replaces a file there that is no plan.
+
+    Of all sizes that fit it is the smallest within 0.002 nats per token of the best, or with `fill` the largest.
+    `max_rise` takes the smallest whose predicted rise of the loss, in nats per token, is at most that; `file_size`
+    bounds graph and weights together (bytes, or text such as "90MB"), `ratio` the weights as a share of the float16
+    model's. All that are given hold. A margin is kept free beside the predicted peak (`plan.margin_bytes`), for nothing
+    is measured; `build` measures and keeps none unless told not to validate.
 
     `context` counts prompt and answer together: the profile's where None; "auto" is the profile's minimum, and beyond
     it what costs no quality. `kv_cache` is "float", "int8", or "auto" for whichever is predicted to lose less.
@@ -173,18 +188,26 @@ def plan(
     >>> plan.peak_bytes <= plan.budget_bytes
     True
     """
-    request = request_for(profile, budget, context, kv_cache)
+    request = request_for(profile, budget, context, kv_cache, target_for(max_rise, file_size, ratio, fill))
     target, replacing = None if out is None else as_path(out, "out"), as_flag(force, "force")
     if target is not None:
         _require_plan_file(target, paths_of(map, profile), force=replacing)
-    found = request.plan(opened_map(map))
+    found = request.unmeasured().plan(opened_map(map))
     if target is not None:
         write_plan(found, out=target, force=replacing)
     return found
 
 
 def frontier(
-    map: AnyPath | OpenedMap, *, profile: AnyProfile, budget: int | str | None = None, kv_cache: str | None = None
+    map: AnyPath | OpenedMap,
+    *,
+    profile: AnyProfile,
+    budget: int | str | None = None,
+    kv_cache: str | None = None,
+    max_rise: float | None = None,
+    file_size: int | str | None = None,
+    ratio: float | None = None,
+    fill: bool = False,
 ) -> tuple[Plan, ...]:
     """What a budget can be spent on: plans of ever longer context at ever higher loss, from the profile's minimum
     context. The first is what `plan` takes where the context is "auto".
@@ -194,7 +217,8 @@ def frontier(
     >>> plans[0] == packager.plan("pico.map", profile="laptop-16gb", budget="5%", context="auto")
     True
     """
-    return request_for(profile, budget, "auto", kv_cache).frontier(opened_map(map))
+    request = request_for(profile, budget, "auto", kv_cache, target_for(max_rise, file_size, ratio, fill))
+    return request.unmeasured().frontier(opened_map(map))
 
 
 def write_plan(plan: Plan, *, out: AnyPath, force: bool = False, inputs: Paths | None = None) -> None:
@@ -229,6 +253,10 @@ def build(
     budget: int | str | None = None,
     context: Context | None = None,
     kv_cache: str | None = None,
+    max_rise: float | None = None,
+    file_size: int | str | None = None,
+    ratio: float | None = None,
+    fill: bool = False,
     polish: float | None = None,
     model: AnyPath | None = None,
     calibration: Paths | None = None,
@@ -247,7 +275,7 @@ def build(
     >>> built.plan.cache in ("float", "int8")
     True
     """
-    request = request_for(profile, budget, context, kv_cache)
+    request = request_for(profile, budget, context, kv_cache, target_for(max_rise, file_size, ratio, fill))
     target, texts, listener = as_path(out, "out"), as_paths(calibration, "calibration"), listener_of(progress)
     validated, replacing = as_flag(validate, "validate"), as_flag(force, "force")
     minutes = None if polish is None else checked(arguments.MINUTES, polish, "polish")

@@ -20,6 +20,7 @@ from packager.progress import Progress, Silent
 if TYPE_CHECKING:
     from packager.bundle.opening import OpenedBundle
     from packager.planning.plan import Request
+    from packager.planning.target import Target
     from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings, ScoreSettings
     from packager.scoring.polish_plan import Polishing
@@ -91,7 +92,11 @@ def listener_of(progress: Progress | None) -> Progress:
 
 
 def request_for(
-    profile: AnyProfile, budget: int | str | None, context: Context | None, kv_cache: str | None
+    profile: AnyProfile,
+    budget: int | str | None,
+    context: Context | None,
+    kv_cache: str | None,
+    target: Target,
 ) -> Request:
     """What to build for, checked."""
     device = profile_of(profile)
@@ -100,7 +105,21 @@ def request_for(
     cache = None if kv_cache is None else checked(arguments.KV_CACHE, kv_cache, "kv_cache")
     from packager.planning.plan import Request
 
-    return Request(profile=device, budget_bytes=budget_bytes, context_tokens=tokens, cache=cache)
+    return Request(profile=device, budget_bytes=budget_bytes, context_tokens=tokens, cache=cache, target=target)
+
+
+def target_for(max_rise: float | None, file_size: int | str | None, ratio: float | None, fill: bool) -> Target:
+    """What bounds a size beside the budget, checked."""
+    rise = None if max_rise is None else checked(arguments.RISE_NATS, max_rise, "max_rise")
+    share = None if ratio is None else checked(arguments.RATIO, ratio, "ratio")
+    from packager.planning.target import Target
+    from packager.sizes import parse_size
+
+    if isinstance(file_size, str):
+        most: int | None = parse_size(file_size)
+    else:
+        most = None if file_size is None else checked(arguments.FILE_BYTES, file_size, "file_size")
+    return Target(max_rise_nats=rise, most_bytes=most, most_ratio=share, fill=as_flag(fill, "fill"))
 
 
 def _budget(budget: int | str | None, profile: DeviceProfile) -> int | None:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from packager.bundle.manifest import Polish
 from packager.bundle.opening import OpenedBundle
 from packager.planning.plan import Plan
+from packager.planning.shortfall import MARGIN_TEXT
 from packager.planning.size_curve import BY_PEAK, MOST_NOISE, Curve
+from packager.planning.target import BUDGET, FILE_SIZE, KNEE, KNEE_NATS, LARGEST, MAX_RISE, RATIO
 from packager.profile import DeviceProfile
 from packager.scoremap.identity import MapIdentity
 from packager.scoremap.opening import OpenedMap
@@ -28,7 +30,7 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
     """What was chosen, what it is predicted to weigh and cost, and where the memory goes; `wanted_tokens` is the
     context that the profile has, where the plan was to have it."""
     terms = plan.memory.terms
-    width = max(28, *map(len, terms))
+    width = max(28, *map(len, terms), len(MARGIN_TEXT) if plan.margin_bytes else 0)
     whole = max(plan.budget_bytes, plan.peak_bytes, 1)
     bounded = (
         f", all that the model was made for ({plan.profile} has {wanted_tokens})"
@@ -40,6 +42,7 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
         f"tokens{bounded}",
         f"chosen       {format_size(plan.file_bytes)} of weights, {plan.ratio:.1%} of the float16 model "
         f"({plan.prefix} of {plan.moves} compression steps taken)",
+        *([f"bound        {_bound_text(plan)}"] if plan.bound else []),
         f"forms        {forms_text(plan.choices.values())}",
         f"cache        {plan.cache}"
         + (f" (+{plan.cache_nats:.4f} nats)" if plan.cache_nats else "")
@@ -49,13 +52,32 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
     ]
     for name, size in terms.items():
         lines.append(f"  {name:{width}} {format_size(size):>10}  {'█' * max(0, round(_BAR * size / whole))}")
-    left = plan.budget_bytes - plan.peak_bytes
+    if plan.margin_bytes:
+        share = "█" * round(_BAR * plan.margin_bytes / whole)
+        lines.append(f"  {MARGIN_TEXT:{width}} {format_size(plan.margin_bytes):>10}  {share}")
+    left = plan.budget_bytes - plan.peak_bytes - plan.margin_bytes
     # Only a later round of the closed loop plans beyond the budget, by what an earlier one measured below its
     # prediction.
     lines.append(
         f"  {'fits, left' if left >= 0 else 'beyond it, as measured less':{width}} {format_size(abs(left)):>10}"
     )
     return "\n".join(lines)
+
+
+def _bound_text(plan: Plan) -> str:
+    """Why the size is what it is."""
+    if plan.bound == KNEE:
+        return (
+            f"budget allows {format_size(plan.allowed_bytes)} of weights; beyond {format_size(plan.file_bytes)} "
+            f"nothing is won that one could measure ({KNEE_NATS:g} nats; --fill takes them)"
+        )
+    return {
+        BUDGET: f"the budget: nothing that fits is better by {KNEE_NATS:g} nats",
+        MAX_RISE: "max-rise: a smaller model is predicted to lose more",
+        FILE_SIZE: f"file-size: nothing within it is better by {KNEE_NATS:g} nats",
+        RATIO: f"ratio: nothing within it is better by {KNEE_NATS:g} nats",
+        LARGEST: "none: it is the largest that the map has for this device",
+    }.get(plan.bound, plan.bound)
 
 
 def score_text(

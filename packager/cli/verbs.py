@@ -253,6 +253,10 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
         "budget": arguments.budget,
         "context": arguments.context,
         "kv_cache": arguments.kv_cache,
+        "max_rise": arguments.max_rise,
+        "file_size": arguments.file_size,
+        "ratio": arguments.ratio,
+        "fill": arguments.fill,
     }
 
 

@@ -15,3 +15,6 @@ MATRIX_SUFFIX = ".MatMul.weight"
 ATTENTION = "GroupQueryAttention"
 QUERY, PAST_KEY, TOTAL, COSINES, KEY_SCALE = 0, 3, 6, 7, 12
 """Inputs of ATTENTION by number; values follow keys."""
+
+ROTARY_PREFIXES = ("cos_cache", "sin_cache")
+"""What the names of its rotary tables begin with: a row for each position."""

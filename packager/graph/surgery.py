@@ -19,7 +19,7 @@ from packager.forms.base import TableForm, TensorSpec
 from packager.forms.registry import Form
 from packager.graph.drawing import NodeDrawing, constant
 from packager.graph.kv_cache_codes import LayerScales, quantise_caches
-from packager.graph.names import EMBEDDING
+from packager.graph.names import EMBEDDING, ROTARY_PREFIXES
 from packager.io.files import copy_range
 from packager.io.safetensors_ranges import Region
 
@@ -31,7 +31,6 @@ _DTYPES = {
 }
 _ALIGNMENT = 64
 _INLINE_LIMIT = 1024
-_ROTARY_PREFIXES = ("cos_cache", "sin_cache")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,7 +285,7 @@ def _bound_rotary_tables(graph: ir.Graph, context_tokens: int) -> None:
     """Cut the rotary tables to the context: the exporter writes the model's longest, which is memory for nothing."""
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or not name.startswith(_ROTARY_PREFIXES) or tensor.shape.numpy()[0] <= context_tokens:
+        if tensor is None or not name.startswith(ROTARY_PREFIXES) or tensor.shape.numpy()[0] <= context_tokens:
             continue
         cut = ir.Tensor(tensor.numpy()[:context_tokens].copy(), name=name)
         value.const_value, value.shape = cut, cut.shape

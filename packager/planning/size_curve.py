@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from packager.errors import InfeasibleBudgetError, UsageError
 from packager.planning.plan import Plan, Request, plan_file_bytes, runnable
 from packager.planning.solver import choice_at, total_bytes
+from packager.planning.target import Target
 from packager.profile import DeviceProfile
 from packager.scoremap.opening import OpenedMap
 
@@ -127,7 +128,7 @@ def _by_peak(opened: OpenedMap, request: Request, count: int) -> Iterator[tuple[
     """From the least budget that the map fits to the most that it can use of the device's memory."""
 
     def plan(budget: int) -> Plan:
-        return replace(request, budget_bytes=budget).plan(opened)
+        return replace(request, budget_bytes=budget, target=Target(fill=True)).plan(opened)
 
     largest = plan(request.profile.memory_bytes)
     try:
