@@ -25,8 +25,8 @@ from packager.scoremap.folder import MapFolder
 from packager.scoremap.opening import OpenedMap, open_map
 from packager.sizes import format_size
 from packager.validation.acceptance import run_acceptance
-from packager.validation.page import write_report
 from packager.validation.report import Round, ValidationReport
+from packager.validation.report_page import write_report
 
 if TYPE_CHECKING:
     from packager.scoremap.settings import ScoreSettings

@@ -114,7 +114,7 @@ def load_profile(name_or_path: str) -> DeviceProfile:
         if "/" in name_or_path or not path.is_file():
             known = shipped_profiles()
             near = difflib.get_close_matches(name_or_path, known, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(near)}?" if near else f"shipped profiles: {', '.join(known)}"
+            hint = f"did you mean {', '.join(near)}?" if near else f"shipped profiles: {', '.join(known)}."
             raise ProfileError(f"profile {name_or_path!r} is unknown: {hint} A path to a .toml file works too.")
     try:
         text = path.read_text(encoding="utf-8")

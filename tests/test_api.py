@@ -43,6 +43,7 @@ PUBLIC = {
     "__version__",
     "build",
     "calibrate_profile",
+    "chat",
     "curve",
     "errors",
     "frontier",

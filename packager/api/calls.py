@@ -8,7 +8,7 @@ printed: long work tells a `progress` how far it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,11 @@ from packager.api.given import (
     polishing_with,
     profile_of,
     request_for,
+    sampling,
     scoring_settings,
     target_for,
 )
+from packager.api.near_names import is_artefact, is_bundle, is_map, require_there
 from packager.errors import ArtifactError, OutputError, UsageError, require_extra
 from packager.profile import DeviceProfile, shipped_profiles, with_memory
 from packager.progress import Progress
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from packager.pipeline import Built
     from packager.planning.plan import Plan
     from packager.planning.size_curve import Curve
+    from packager.runtime.answers import Answer, Conversation
     from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings
     from packager.scoring.score import ScoreReport
@@ -307,8 +310,8 @@ def validate(bundle: AnyPath, *, progress: Progress | None = None) -> Validation
     """
     root, listener = as_path(bundle, "bundle"), listener_of(progress)
     from packager.io.failures import explained
-    from packager.validation.page import write_report
     from packager.validation.report import earlier_rounds
+    from packager.validation.report_page import write_report
     from packager.validation.validate import validate_bundle
 
     opened = open_bundle(root)
@@ -370,29 +373,76 @@ def curve(
     return measure_sizes.measure(opened, device, predicted, chosen, measured_text, progress=listener)
 
 
-def run(bundle: AnyPath | OpenedBundle, *, prompt: str, tokens: int = 128, chat: bool = True) -> Iterator[str]:
-    """The bundle's greedy answer to `prompt`, piece by piece as it comes: at most `tokens` new tokens.
+def run(
+    bundle: AnyPath | OpenedBundle,
+    *,
+    prompt: str,
+    tokens: int = 128,
+    chat: bool = True,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Answer:
+    """The bundle's answer to `prompt`, piece by piece as it comes: at most `tokens` new tokens.
 
-    Without `chat` the prompt is continued as it is, without the chat template. Whether the bundle is valid is not
-    asked: `report.json` beside it says.
+    Without `chat` the prompt is continued as it is, without the chat template. `system` is said before it. The
+    likeliest token is taken each time, unless a `temperature` lets chance choose among the `top_k` likeliest (0: all)
+    that together have probability `top_p`; the same `seed` chooses the same. The answer counts its `tokens`, and its
+    `tokens_per_second`. Whether the bundle is valid is not asked: `report.json` beside it says.
 
     >>> import packager
-    >>> answer = "".join(packager.run("pico.bundle", prompt="Where is the water?", tokens=4))
-    >>> isinstance(answer, str)
+    >>> answer = packager.run("pico.bundle", prompt="Where is the water?", tokens=4)
+    >>> isinstance("".join(answer), str) and answer.tokens <= 4
     True
     """
-    text, most = as_text(prompt, "prompt"), checked(arguments.ANSWER_TOKENS, tokens, "tokens")
-    templated = as_flag(chat, "chat")
+    text = as_text(prompt, "prompt")
+    most, templated = checked(arguments.ANSWER_TOKENS, tokens, "tokens"), as_flag(chat, "chat")
+    line, chosen = None if system is None else as_text(system, "system"), sampling(temperature, top_p, top_k, seed)
+    if line is not None and not templated:
+        raise UsageError("system: a raw prompt has no system line: put it into the prompt")
     opened = opened_bundle(bundle)
-    from packager.runtime.sessions import generate
+    if line is not None:
+        _require_template(opened, "system")
+    from packager.runtime.answers import Speaker, generate
 
-    return generate(
-        opened.folder.root,
-        text,
-        context_tokens=opened.manifest.bounds.context_tokens,
-        most_tokens=most,
-        chat=templated and opened.folder.chat_template.is_file(),
-    )
+    speaker = Speaker(opened.folder.root, context_tokens=opened.manifest.bounds.context_tokens, sampling=chosen)
+    has_template = opened.folder.chat_template.is_file()
+    return generate(speaker, text, system=line, most_tokens=most, chat=templated and has_template)
+
+
+def chat(
+    bundle: AnyPath | OpenedBundle,
+    *,
+    system: str | None = None,
+    tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Conversation:
+    """A conversation with a bundle: each `say(text)` is answered as by `run`, in the light of what was said before, as
+    far as the context holds it; `forgotten` counts the oldest turns that it no longer holds.
+
+    >>> import packager
+    >>> packager.chat("pico.bundle", system=3)
+    Traceback (most recent call last):
+    packager.errors.UsageError: system: expected text, found 3
+    """
+    most = checked(arguments.ANSWER_TOKENS, tokens, "tokens")
+    line, chosen = None if system is None else as_text(system, "system"), sampling(temperature, top_p, top_k, seed)
+    opened = opened_bundle(bundle)
+    _require_template(opened, "chat")
+    from packager.runtime.answers import Conversation, Speaker
+
+    speaker = Speaker(opened.folder.root, context_tokens=opened.manifest.bounds.context_tokens, sampling=chosen)
+    return Conversation(speaker, system=line, most_tokens=most)
+
+
+def _require_template(opened: OpenedBundle, what: str) -> None:
+    if not opened.folder.chat_template.is_file():
+        raise UsageError(f"{what}: {opened.folder.root} has no chat template: its model only continues a prompt")
 
 
 def inspect(path: AnyPath) -> OpenedMap | OpenedBundle | Plan:
@@ -403,13 +453,12 @@ def inspect(path: AnyPath) -> OpenedMap | OpenedBundle | Plan:
     'pico-box'
     """
     where = as_path(path, "path")
-    from packager.bundle.folder import BundleFolder
+    require_there(where, "score map, plan or bundle", is_artefact)
     from packager.planning.plan import PLAN_FILE, read_plan
-    from packager.scoremap.folder import MapFolder
 
-    if MapFolder(root=where).scoremap.is_file():
+    if is_map(where):
         return open_map(where)
-    if BundleFolder(root=where).exists():
+    if is_bundle(where):
         return open_bundle(where)
     if where.is_file() or (where / PLAN_FILE).is_file():
         return read_plan(where if where.is_file() else where / PLAN_FILE)
@@ -434,6 +483,7 @@ def open_bundle(path: AnyPath) -> OpenedBundle:
     512
     """
     folder = as_path(path, "path")
+    require_there(folder, "bundle", is_bundle)
     from packager.bundle import opening
 
     return opening.open_bundle(folder)

@@ -30,7 +30,7 @@ _ACIP_FLAGS = {
 
 def pack(arguments: argparse.Namespace) -> int:
     """Score if needed, plan, build and validate."""
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         built = packager.pack(
             arguments.model,
             **_target(arguments),
@@ -48,7 +48,7 @@ def score(arguments: argparse.Namespace) -> int:
     """Compute a map."""
     from packager.cli import render
 
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         done = packager.score(
             arguments.model,
             **_scoring(arguments),
@@ -104,7 +104,7 @@ def curve(arguments: argparse.Namespace) -> int:
         require_plot(arguments.output)
         inputs = [arguments.map, *([arguments.text] if arguments.text else [])]
         require_file(arguments.output, force=arguments.force, inputs=inputs)
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         curve = packager.curve(
             arguments.map,
             profile=arguments.profile,
@@ -126,7 +126,7 @@ def curve(arguments: argparse.Namespace) -> int:
 
 def build(arguments: argparse.Namespace) -> int:
     """Build a bundle from a map."""
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         built = packager.build(
             arguments.map,
             **_target(arguments),
@@ -145,7 +145,7 @@ def validate(arguments: argparse.Namespace) -> int:
     """Check a bundle."""
     from packager.cli import render
 
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         report = packager.validate(arguments.bundle, progress=progress)
     if arguments.json:
         _print_json(report.to_dict())
@@ -162,13 +162,42 @@ def run(arguments: argparse.Namespace) -> int:
     verdict = verdict_of(opened.folder.root, opened.manifest.bundle_sha256)
     if verdict.words:
         print(f"packager: warning: {verdict.words}", file=sys.stderr)
-    pieces = packager.run(opened, prompt=arguments.prompt, tokens=arguments.tokens, chat=not arguments.raw)
-    if arguments.json:
-        _print_json({"prompt": arguments.prompt, "text": "".join(pieces), "valid": verdict.valid})
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    if arguments.chat:
+        from packager.cli.chat import talk
+
+        if unfit := [flag for flag in ("prompt", "raw", "json") if getattr(arguments, flag)]:
+            raise UsageError(f"--chat: not together with --{unfit[0]}")
+        conversation = packager.chat(opened, system=arguments.system, tokens=arguments.tokens, **sampling)
+        talk(conversation, quiet=arguments.quiet)
         return 0
-    for piece in pieces:
+    from packager.cli.prompt import prompt_of
+
+    prompt = prompt_of(arguments.prompt)
+    answer = packager.run(
+        opened,
+        prompt=prompt,
+        tokens=arguments.tokens,
+        chat=not arguments.raw,
+        system=arguments.system,
+        **sampling,
+    )
+    if arguments.json:
+        text = "".join(answer)
+        counts = {"prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens}
+        speed = round(answer.tokens_per_second, 2)
+        found = {"prompt": prompt, "text": text, "tokens_per_second": speed, "valid": verdict.valid}
+        _print_json(found | counts)
+        return 0
+    for piece in answer:
         print(piece, end="", flush=True)
     print()
+    if arguments.verbose:
+        print(
+            f"packager: {answer.tokens} tokens after {answer.prompt_tokens} of the prompt, "
+            f"{answer.tokens_per_second:.1f} tokens/s",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -212,7 +241,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     if not arguments.base or arguments.output is None or arguments.output.suffix != ".toml":
         raise UsageError("profiles calibrate: expected --base NAME and -o FILE.toml")
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         found = packager.calibrate_profile(
             arguments.base, out=arguments.output, force=arguments.force, progress=progress
         )
@@ -276,10 +305,10 @@ def _scoring(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names} | {"acip": given or None}
 
 
-def _progress() -> Bars:
+def _progress(arguments: argparse.Namespace) -> Bars:
     from packager.cli.progress_bars import Bars
 
-    return Bars()
+    return Bars(quiet=arguments.quiet, verbose=arguments.verbose)
 
 
 def _print_json(value: Any, *, sort_keys: bool = True) -> None:

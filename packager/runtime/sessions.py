@@ -1,8 +1,8 @@
-"""Decoders on ONNX Runtime: every token's logits, and generated text."""
+"""Decoders on ONNX Runtime: every token's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from packager.errors import RuntimeCheckError
 from packager.graph.kv_cache_codes import widen_caches
-from packager.runtime.device_check import encode, strip, text_rules
-from packager.runtime.tokenizer_probe import render_chat
 
 _PRUNE = "/lm_head/prune/Gather"
 _UNSQUEEZE = "/lm_head/prune/Unsqueeze"
@@ -93,43 +91,3 @@ def full_logits_session(graph_path: Path, *, threads: int = 0, float_kernels: bo
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise RuntimeCheckError(f"ONNX Runtime refuses {graph_path}: {str(error)[:300]}") from error
-
-
-def generate(root: Path, prompt: str, *, context_tokens: int, most_tokens: int, chat: bool) -> Iterator[str]:
-    """Pieces of the greedy answer to `prompt` of the model in folder `root`, as they come.
-
-    At most `most_tokens`, and no more than `context_tokens` with the prompt; `chat` puts the prompt into the model's
-    own template.
-    """
-    import onnxruntime_genai as og
-
-    try:
-        model = og.Model(str(root))
-        tokenizer, rules = og.Tokenizer(model), text_rules(root)
-        text = prompt
-        if chat:
-            text = render_chat(root, [{"role": "user", "content": prompt}])
-        ids = encode(tokenizer, text, rules, bare=not chat)
-        if len(ids) >= context_tokens:
-            raise RuntimeCheckError(
-                f"the prompt has {len(ids)} tokens, the bundle's context is {context_tokens}: shorten the prompt "
-                f"or pack with a longer --context"
-            )
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=min(context_tokens, len(ids) + most_tokens), do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(ids)
-        stream = tokenizer.create_stream()
-        kept: str | None = ""
-        while not generator.is_done():
-            generator.generate_next_token()
-            piece = str(stream.decode(generator.get_next_tokens()[0]))
-            if kept is not None:
-                # The spaces that the model's own tokenizer takes off may come in several pieces.
-                kept += piece
-                if not kept.strip(" "):
-                    continue
-                piece, kept = strip(kept, rules), None
-            yield piece
-    except RuntimeError as error:
-        raise RuntimeCheckError(f"onnxruntime-genai failed on {root}: {str(error)[:300]}") from error

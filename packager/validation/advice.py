@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from packager.sizes import format_size
-from packager.validation.report import Check, shown
+from packager.validation.report import Check, ValidationReport, shown
 
 _BUILD = "packager build MAP --profile PROFILE -o BUNDLE --force"
 _SCORE = "packager score MODEL -o MAP --force"
@@ -22,6 +22,33 @@ def failures(checks: Iterable[Check]) -> list[str]:
 def advice(checks: Iterable[Check]) -> list[str]:
     """What to do next about the checks that failed, each thing said once. Names in capitals stand for your own."""
     return list(dict.fromkeys(_next_step(check) for check in checks if check.passed is False))
+
+
+def verdict_lines(report: ValidationReport) -> list[str]:
+    """The verdict; of a bundle that is not valid also each cause, and each next step once."""
+    if report.passed:
+        return ["VALID"]
+    failed = failures(report.checks)
+    return [
+        f"NOT VALID: {len(failed)} of {len(report.checks)} checks failed",
+        *(f"cause: {line}" for line in failed),
+        *(f"next: {line}" for line in advice(report.checks)),
+    ]
+
+
+def columns(check: Check) -> tuple[str, str]:
+    """What a check measured and what it is held against, with the unit where it is said once. Bytes are exact where
+    they would read alike."""
+    both = [shown(item, check.unit) for item in (check.value, check.limit)]
+    if both[0] == both[1] and check.value != check.limit and check.unit == "bytes":
+        both = [f"{item:,} bytes" if isinstance(item, int) else str(item) for item in (check.value, check.limit)]
+    unit = "" if check.unit == "bytes" or isinstance(check.value, str) else f" {check.unit}"
+    return both[0] + unit, both[1]
+
+
+def size_or_dash(size: int | None) -> str:
+    """Bytes as people write them, or a dash where they are not known."""
+    return "–" if size is None else format_size(size)
 
 
 def _failure(check: Check) -> str:

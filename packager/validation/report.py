@@ -155,7 +155,7 @@ def shown(value: Value, unit: str) -> str:
     if value is None:
         return "-"
     if unit == "bytes" and not isinstance(value, str):
-        return f"{format_size(int(value))} ({int(value):,})"
+        return format_size(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
