@@ -7,6 +7,7 @@ import argparse
 from packager.errors import require_extra
 
 SHELLS = ("bash", "zsh", "tcsh")
+_PATHS = {"bundle", "calibration", "map", "model", "output", "path", "profile", "text"}
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
@@ -19,12 +20,10 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _complete_files(parser: argparse.ArgumentParser, how: dict[str, str]) -> None:
-    """Mark what takes a path: those are read as one, or take a folder among other things."""
-    from pathlib import Path
-
+    """Mark what takes a path, be it among other things."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for verb in action.choices.values():
                 _complete_files(verb, how)
-        elif action.type is Path or action.dest in ("model", "profile"):
+        elif action.dest in _PATHS:
             action.complete = how  # type: ignore[attr-defined]

@@ -84,10 +84,10 @@ def _make_parser() -> argparse.ArgumentParser:
     pack.add_argument("model", metavar="MODEL", help=_MODEL)
     _target(pack)
     _scoring(pack, show_acip=False)
-    pack.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    pack.add_argument("-o", "--output", type=path, required=True, metavar="BUNDLE", help="folder to write")
     pack.add_argument(
         "--map",
-        type=Path,
+        type=path,
         metavar="MAP",
         help="where the score map is kept or found (default: MODEL.map beside the bundle)",
     )
@@ -101,7 +101,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "packager score ./SmolLM2-135M -o smol.map --calibration my-text.txt",
     )
     score.add_argument("model", metavar="MODEL", help=_MODEL)
-    score.add_argument("-o", "--output", type=Path, required=True, metavar="MAP", help="folder to write")
+    score.add_argument("-o", "--output", type=path, required=True, metavar="MAP", help="folder to write")
     _scoring(score, show_acip=True)
     score.add_argument(
         "--provider",
@@ -120,9 +120,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "  packager plan smol.map --profile laptop-16gb --budget 10% --json\n"
         "  packager plan smol.map --profile laptop-16gb --budget 300MiB --context auto",
     )
-    plan.add_argument("map", type=Path, metavar="MAP")
+    plan.add_argument("map", type=path, metavar="MAP")
     _target(plan)
-    plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write plan.json here, over an older plan too")
+    plan.add_argument("-o", "--output", type=path, metavar="FILE", help="write plan.json here, over an older plan too")
     plan.add_argument("--force", action="store_true", help="replace an existing FILE that is no plan")
 
     curve = _verb(
@@ -133,7 +133,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "packager curve smol.map\n  packager curve smol.map --profile edge-box-256mb -o curve.svg\n"
         "  packager curve smol.map --measure 30 --text mine.txt -o curve.png",
     )
-    curve.add_argument("map", type=Path, metavar="MAP")
+    curve.add_argument("map", type=path, metavar="MAP")
     curve.add_argument(
         "--profile",
         metavar="P",
@@ -162,7 +162,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     curve.add_argument(
         "--text",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="measure on this text (.txt, .jsonl, .parquet) in place of the map's held-out windows",
     )
@@ -176,7 +176,7 @@ def _make_parser() -> argparse.ArgumentParser:
     curve.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="draw the curve: FILE.png or FILE.svg (needs the extra 'plot')",
     )
@@ -189,9 +189,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "build a bundle from a score map",
         "packager build smol.map --profile edge-box-256mb -o box.bundle",
     )
-    build.add_argument("map", type=Path, metavar="MAP")
+    build.add_argument("map", type=path, metavar="MAP")
     _target(build)
-    build.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    build.add_argument("-o", "--output", type=path, required=True, metavar="BUNDLE", help="folder to write")
     build.add_argument(
         "--polish",
         type=_of(rules.MINUTES),
@@ -210,7 +210,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--calibration",
-        type=Path,
+        type=path,
         action="append",
         default=[],
         metavar="PATH",
@@ -225,7 +225,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "check a bundle on this machine's runtime",
         "packager validate box.bundle --json",
     )
-    validate.add_argument("bundle", type=Path, metavar="BUNDLE")
+    validate.add_argument("bundle", type=path, metavar="BUNDLE")
 
     run = _verb(
         subparsers,
@@ -235,7 +235,7 @@ def _make_parser() -> argparse.ArgumentParser:
         'packager run box.bundle --prompt "What is a solver?"\n  packager run box.bundle < question.txt\n'
         "  packager run box.bundle --chat --temperature 0.7 --top-p 0.9",
     )
-    run.add_argument("bundle", type=Path, metavar="BUNDLE")
+    run.add_argument("bundle", type=path, metavar="BUNDLE")
     run.add_argument(
         "--prompt", metavar="TEXT", help="what to answer; '-', or no --prompt with input piped in: standard input"
     )
@@ -280,7 +280,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "say what a map, plan or bundle holds",
         "packager inspect smol.map\n  packager inspect box.bundle --json",
     )
-    inspect.add_argument("path", type=Path, metavar="PATH")
+    inspect.add_argument("path", type=path, metavar="PATH")
 
     profiles = _verb(
         subparsers,
@@ -298,7 +298,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     profiles.add_argument("name", nargs="?", metavar="NAME", help="show: a profile's name or a TOML file")
     profiles.add_argument("--base", metavar="NAME", help="calibrate: the profile whose other values are taken")
-    profiles.add_argument("-o", "--output", type=Path, metavar="FILE", help="calibrate: the .toml file to write")
+    profiles.add_argument("-o", "--output", type=path, metavar="FILE", help="calibrate: the .toml file to write")
     profiles.add_argument("--force", action="store_true", help="calibrate: replace an existing file")
     return parser
 
@@ -374,6 +374,13 @@ def _target(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def path(text: str) -> Path:
+    """A path; an empty text would mean the folder that the command runs in."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found ''")
+    return Path(text)
+
+
 def _of(rule: rules.Rule[Any]) -> Callable[[str], Any]:
     """argparse's way to ask a rule."""
 
@@ -393,7 +400,7 @@ def _of(rule: rules.Rule[Any]) -> Callable[[str], Any]:
 def _scoring(parser: argparse.ArgumentParser, *, show_acip: bool) -> None:
     parser.add_argument(
         "--calibration",
-        type=Path,
+        type=path,
         action="append",
         default=[],
         metavar="PATH",

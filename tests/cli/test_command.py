@@ -38,6 +38,7 @@ LARGEST = 2**63 - 1
         ),
         ([*RUN, "--top-p", "0"], "argument --top-p: expected a finite number above 0 and at most 1, found 0.0"),
         ([*RUN, "--top-k", "-1"], f"argument --top-k: expected a whole number from 0 to {2**31 - 1}, found -1"),
+        (["curve", ""], "argument MAP: expected a path, found ''"),
         ([*PLAN, "-q", "-v"], "argument -v/--verbose: not allowed with argument -q/--quiet"),
         (["frobnicate"], f"'frobnicate' is no verb: expected one of {', '.join(VERBS)}"),
         ([*PLAN, "--kontext", "1"], "unrecognized arguments: --kontext 1"),

@@ -207,6 +207,8 @@ def test_run_speaks(bundle: Path) -> None:
     for prompt in ("The first people", "water", "A long day", "see number"):  # a random model may end at once
         done = succeed("run", bundle, "--prompt", prompt, "--tokens", 8, "--json", "--raw")
         assert done.json["prompt"] == prompt
+        assert 1 <= done.json["tokens"] <= 8
+        assert done.json["tokens_per_second"] > 0
         assert succeed("run", bundle, "--prompt", prompt, "--tokens", 8, "--raw").out == done.json["text"] + "\n"
         texts.append(done.json["text"])
     assert any(text.strip() for text in texts)
