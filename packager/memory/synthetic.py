@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form
 from packager.graph.names import EMBEDDING, GENAI_FILE, GRAPH_FILE, HEAD
-from packager.graph.skeleton import Matrix, export_skeleton
+from packager.graph.skeleton import Matrix, export_skeleton, side_parameters
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.files import read_json
 from packager.io.safetensors_ranges import Region
@@ -74,7 +74,7 @@ def make_synthetic(
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 0, 0
-    vectors = {key: torch.ones(value.shape) for key, value in model.named_parameters() if value.dim() == 1}
+    vectors = {key: torch.ones(value.shape) for key, value in side_parameters(model)}
     matrices, nodes = export_skeleton(config, vectors, "cpu", folder)
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.json")

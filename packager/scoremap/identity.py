@@ -38,6 +38,9 @@ class CalibrationIdentity:
     tokens: int
 
 
+_OF_HYBRIDS = ("cacheless_layers", "hybrid_bytes")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
     """One measurement: the class of option perturbed, its summed price, and what it cost, in nats per token."""
@@ -81,8 +84,12 @@ class MapIdentity:
     int8_cache: CacheScore | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `map.json`."""
-        return asdict(self)
+        """Plain data for `map.json`; what only hybrid models have is left out of the others'."""
+        plain = asdict(self)
+        plain["geometry"] = {
+            name: value for name, value in plain["geometry"].items() if value or name not in _OF_HYBRIDS
+        }
+        return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> MapIdentity:

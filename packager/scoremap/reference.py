@@ -2,7 +2,7 @@
 
 Scoring writes it into the map, a build copies it into the bundle. Its tensors:
 
-vector.NAME               one-dimensional parameters (norms, biases) by their name in the model, float32
+vector.NAME               what is no unit's (norms, biases, kernels of convolutions) by its name in the model, float32
 heldout                   (windows, length) token ids of the held-out text, int32
 heldout_nats              (windows, length - 1) what each token but the first costs the source model, float32
 cache.LAYER.key, .value   the scales of a cache of 8-bit codes, where the map has one
@@ -58,7 +58,7 @@ class ReferenceFile:
             raise self._lacks(error) from None
 
     def vectors(self) -> dict[str, NDArray[np.float32]]:
-        """One-dimensional parameters by their name in the model."""
+        """Parameters that are no unit's matrix by their name in the model."""
         return {
             name.removeprefix(_VECTOR): tensor for name, tensor in self._tensors().items() if name.startswith(_VECTOR)
         }

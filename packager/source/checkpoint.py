@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from packager.errors import ModelError, PackagerError, UnsupportedModelError
+from packager.graph.skeleton import side_parameters
 from packager.io.files import sha256_file, sha256_json
 from packager.io.safetensors_ranges import StoredTensor
 from packager.source.chat_template import find_template
@@ -124,21 +125,7 @@ class Checkpoint:
         return not self.gguf and is_quantised(read_config(self.folder, self.source))
 
     def _on_meta(self, config: PretrainedConfig) -> torch.nn.Module:
-        """The model of `config` without memory. UnsupportedModelError where a weight is neither vector nor matrix."""
-        try:
-            with quiet_transformers(), torch.device("meta"):
-                model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # settings that do not fit each other make transformers raise anything
-            raise UnsupportedModelError(
-                f"{self.source}: transformers cannot make the model that its configuration describes: {one_line(error)}"
-            ) from error
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 2:
-                raise UnsupportedModelError(
-                    f"{self.source}: {name} of {type(model).__name__} is of shape {tuple(parameter.shape)}: stacked "
-                    f"experts and convolutions cannot be packed, give a model of plain attention and MLP layers"
-                )
-        return model
+        return on_meta(self.source, config)
 
     def load(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """The model in `dtype`, checked for tensors that are missing or left over and for values that are not
@@ -235,6 +222,26 @@ class Checkpoint:
                 if (self.folder / name).is_file() and not (out / name).exists():
                     shutil.copyfile(self.folder / name, out / name)
         config.save_pretrained(out)
+
+
+def on_meta(source: str, config: PretrainedConfig) -> torch.nn.Module:
+    """The model of `config` without memory. UnsupportedModelError, naming `source`, where transformers cannot make it
+    or a weight is neither a vector, nor a matrix, nor the kernel of a convolution."""
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # settings that do not fit each other make transformers raise anything
+        raise UnsupportedModelError(
+            f"{source}: transformers cannot make the model that its configuration describes: {one_line(error)}"
+        ) from error
+    for owner, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 2 and not isinstance(module, torch.nn.Conv1d):
+                raise UnsupportedModelError(
+                    f"{source}: {owner}.{name} of {type(model).__name__} is of shape {tuple(parameter.shape)}: stacked "
+                    f"experts cannot be packed, give a model of attention, convolution and MLP layers"
+                )
+    return model
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -346,7 +353,7 @@ def _demo_file() -> Path:
 
 
 def vectors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The one-dimensional parameters (norms, biases): small, kept in float32 beside the packed matrices."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            yield name, parameter.detach().float().cpu()
+    """Every parameter that is no unit's matrix (norms, biases, kernels of convolutions): small, kept in float32 beside
+    the packed matrices."""
+    for name, parameter in side_parameters(model):
+        yield name, parameter.detach().float().cpu()

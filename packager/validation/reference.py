@@ -18,6 +18,7 @@ from packager.bundle.golden import GoldenContext, GoldenContexts, GoldenPrompt, 
 from packager.bundle.manifest import BundleUnit
 from packager.bundle.opening import OpenedBundle
 from packager.bundle.weights import unit_tensors
+from packager.graph.skeleton import side_parameters
 from packager.profile import INT8
 from packager.source.kv_cache_rounding import cache_keyword, rounding, tap
 from packager.source.unit_weights import find_sources, matrices_of
@@ -50,7 +51,7 @@ class Reference:
     @torch.no_grad()
     def exact_logits(self, window: torch.Tensor) -> torch.Tensor:
         """Logits (length, vocabulary) of a (length,) window where nothing that is cached is rounded."""
-        nothing = {cache_keyword(self.model): DynamicCache()}
+        nothing = {cache_keyword(self.model): DynamicCache(config=self.model.config)}
         logits: torch.Tensor = self.model(input_ids=window[None], **nothing).logits[0].float()
         return logits
 
@@ -74,9 +75,8 @@ def load_reference(bundle: OpenedBundle) -> Reference:
     sources = find_sources(matrices_of((unit.matrix, unit.rows, unit.cols) for unit in manifest.units), model)
     graph = ir.load(bundle.folder.graph).graph
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.from_numpy(vectors[name]))
+        for name, parameter in side_parameters(model):
+            parameter.copy_(torch.from_numpy(vectors[name]))
         for source, unit in zip(sources, manifest.units, strict=True):
             source.weight(model).copy_(torch.from_numpy(_weights(graph, unit)))
     if manifest.cache == INT8:
