@@ -84,7 +84,7 @@ def llama_cpp(arguments: argparse.Namespace, length: int) -> list[Contestant]:
     if done.returncode:
         print(
             f"llama.cpp skipped: {python} has no llama-cpp-python; pip install it into any environment and name its "
-            f"interpreter by --llama-python"
+            "interpreter by --llama-python"
         )
         return []
     try:

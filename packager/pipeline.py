@@ -316,7 +316,7 @@ def pack(
         if differences and not force:
             raise ArtifactError(
                 f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
-                f"another with --map, "
+                "another with --map, "
                 "or pass --force to score again in its place"
             )
         if differences != []:

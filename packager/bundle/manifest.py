@@ -144,7 +144,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
     if manifest.bounds.provider not in PROVIDERS:
         raise ArtifactError(
             f"{where}: bounds.provider {manifest.bounds.provider!r}: expected one of {', '.join(PROVIDERS)}: the "
-            f"manifest was altered, build the bundle again"
+            "manifest was altered, build the bundle again"
         )
     try:
         total = sum(form_bytes(unit.parsed(), unit.rows, unit.cols) for unit in manifest.units)
@@ -153,7 +153,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
     if total != manifest.predicted.file_bytes:
         raise ArtifactError(
             f"{where}: its units come to {total} bytes, expected {manifest.predicted.file_bytes}: the manifest was "
-            f"altered, build the bundle again"
+            "altered, build the bundle again"
         )
     return manifest
 

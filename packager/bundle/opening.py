@@ -36,6 +36,6 @@ def open_bundle(root: Path) -> OpenedBundle:
         if size != entry.bytes or sha256_file(file) != entry.sha256:
             raise ArtifactError(
                 f"{file} is not the file its manifest names (expected {entry.bytes} bytes, found {size}): the bundle "
-                f"was altered or damaged"
+                "was altered or damaged"
             )
     return OpenedBundle(folder=folder, manifest=manifest)

@@ -153,7 +153,7 @@ def curve_text(curve: Curve) -> str:
         verdict_ = "no size measures" if measurement.monotone else "NOT MONOTONE: a size measures"
         lines.append(
             f"{verdict_} better than the next larger one by more than {MOST_NOISE:g} standard errors of their "
-            f"difference"
+            "difference"
         )
     return "\n".join(lines)
 

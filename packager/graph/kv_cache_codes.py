@@ -83,7 +83,7 @@ def quantise_caches(graph: ir.Graph, scales: LayerScales) -> None:
     if set(nodes) != set(scales):
         raise ExportError(
             f"the graph has caches in layers {sorted(nodes)}, the map has scales for {sorted(scales)}: they do not "
-            f"belong together"
+            "belong together"
         )
     prefills: dict[int, PrefillInputs] = {}
     for layer, node in nodes.items():

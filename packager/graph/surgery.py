@@ -161,7 +161,7 @@ class _Surgeon:
             if copy_range(source, region.offset, region.length, self._data) < region.length:
                 raise ExportError(
                     f"{region.path} ends before byte {region.offset + region.length}: it is cut short, score the "
-                    f"model again"
+                    "model again"
                 )
         return start
 

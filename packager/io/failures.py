@@ -53,7 +53,7 @@ def output_error(error: BaseException, target: Path) -> OutputError | None:
         return OutputError(
             f"{what} the disk of {place}{_free(place)}: free some space, or choose another folder with -o"
             f"{' (TMPDIR names the one for temporary files)' if place != _existing(target) else ''}; nothing was left "
-            f"half-written"
+            "half-written"
         )
     if not isinstance(error, OSError) or error.errno not in _REFUSED:
         return None

@@ -76,8 +76,8 @@ def inner_path(root: Path, name: str) -> Path:
         if path.is_symlink() and not (number == len(pure.parts) and path.is_file()):
             raise ArtifactError(
                 f"{path} is a symbolic link {'to a folder' if path.is_dir() else 'to no file'}: refused, artefacts "
-                f"hold files, or links to files whose bytes are theirs: copy the folder with its links resolved "
-                f"(cp -rL) and use the copy"
+                "hold files, or links to files whose bytes are theirs: copy the folder with its links resolved "
+                "(cp -rL) and use the copy"
             )
     return path
 
@@ -110,7 +110,7 @@ def refuse_stray_links(root: Path, listed: Iterable[str]) -> None:
         if path.is_symlink() and path.relative_to(root).as_posix() not in known:
             raise ArtifactError(
                 f"{path} is a symbolic link, and not one of the files that {root} lists: remove it, or copy the listed "
-                f"files alone"
+                "files alone"
             )
 
 

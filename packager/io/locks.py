@@ -38,7 +38,7 @@ def locked(target: Path) -> Iterator[bool]:
     except Timeout:
         raise OutputError(
             f"{target} is being written by another process{_holder(path)}: wait until that has finished, stop it, or "
-            f"choose another name with -o"
+            "choose another name with -o"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -189,7 +189,7 @@ def calibrate(
     if profile.provider != "cpu":
         raise UsageError(
             f"profile {profile.name} is for {profile.provider}: the coefficients are those of ONNX Runtime's CPU "
-            f"kernels"
+            "kernels"
         )
     if "anonymous_bytes" not in memory():
         raise RuntimeCheckError("this system has no /proc/self/status: the memory of a process cannot be measured here")

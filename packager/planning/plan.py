@@ -342,7 +342,7 @@ def bounded_context(opened: OpenedMap, profile: DeviceProfile, context_tokens: i
     if not LEAST_CONTEXT_TOKENS <= context_tokens <= longest:
         raise UsageError(
             f"context {context_tokens} tokens: expected at least {LEAST_CONTEXT_TOKENS} and at most {longest}, "
-            f"the model's own"
+            "the model's own"
         )
     return context_tokens
 

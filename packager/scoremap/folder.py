@@ -149,6 +149,6 @@ class Store:
             if sha256_region(regions[name]) != self.digests.get(key):
                 raise ArtifactError(
                     f"{self.path}: the bytes of {key!r} are not those that were scored: the store is damaged, score "
-                    f"the model again"
+                    "the model again"
                 )
         return regions

@@ -117,7 +117,7 @@ def read_identity(root: Path) -> MapIdentity:
     if identity.files.get(SCOREMAP_FILE) != found:
         raise ArtifactError(
             f"{folder.scoremap} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model "
-            f"again"
+            "again"
         )
     return identity
 

@@ -130,7 +130,7 @@ def restricted(scoremap: ScoreMap, allowed: Callable[[Unit, Form], bool]) -> Sco
         if not chain:
             raise ArtifactError(
                 f"unit {unit.name}: none of its options runs on this device; score again with options it has kernels "
-                f"for"
+                "for"
             )
     if all(len(some) == len(chain) for some, chain in zip(kept, scoremap.options, strict=True)):
         return scoremap

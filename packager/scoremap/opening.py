@@ -56,7 +56,7 @@ class OpenedMap:
             if name != STORE_FILE and sha256_file(path) != expected:
                 raise ArtifactError(
                     f"{path} is not the file that {IDENTITY_FILE} names: it was altered or damaged, score the model "
-                    f"again"
+                    "again"
                 )
 
 

@@ -156,7 +156,7 @@ class Checkpoint:
             if not bool(torch.isfinite(parameter).all()):
                 raise ModelError(
                     f"{self.source}: {name} holds values that are not finite (NaN or infinity): the checkpoint is "
-                    f"damaged"
+                    "damaged"
                 )
         loaded: torch.nn.Module = model.eval()
         return loaded
@@ -239,7 +239,7 @@ def on_meta(source: str, config: PretrainedConfig) -> torch.nn.Module:
             if parameter.dim() > 2 and not isinstance(module, torch.nn.Conv1d):
                 raise UnsupportedModelError(
                     f"{source}: {owner}.{name} of {type(model).__name__} is of shape {tuple(parameter.shape)}: stacked "
-                    f"experts cannot be packed, give a model of attention, convolution and MLP layers"
+                    "experts cannot be packed, give a model of attention, convolution and MLP layers"
                 )
     return model
 
@@ -264,7 +264,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         return _folder(folder, source, repository_name(source))
     raise ModelError(
         f"model folder {source} does not exist: expected a Hugging Face folder, a .gguf file, a hub name such as "
-        f"'owner/name' or 'owner/name@revision', or 'demo'"
+        "'owner/name' or 'owner/name@revision', or 'demo'"
     )
 
 
@@ -324,7 +324,7 @@ def _require_rows(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) ->
         number, token = wrong[0]
         raise ModelError(
             f"{source}: its tokenizer gives {token!r} the id {number}, but its embedding has {rows} rows ({len(wrong)} "
-            f"such tokens): the tokenizer is of another model, or the embedding was not resized after tokens were added"
+            "such tokens): the tokenizer is of another model, or the embedding was not resized after tokens were added"
         )
 
 

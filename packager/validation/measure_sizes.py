@@ -92,6 +92,6 @@ def _losses(
     if not np.isfinite(losses).all():
         raise RuntimeCheckError(
             f"the size of {plan.file_bytes:,} bytes gives losses on ONNX Runtime that are not finite: its weights "
-            f"overflow there"
+            "overflow there"
         )
     return losses

@@ -123,7 +123,7 @@ def test_links_to_files_are_let_pass_and_others_refused(tmp_path: Path) -> None:
             inner_path(tmp_path, name)
         assert str(caught.value) == (
             f"{tmp_path / link} is a symbolic link {what}: refused, artefacts hold files, or links to files whose "
-            f"bytes are theirs: copy the folder with its links resolved (cp -rL) and use the copy"
+            "bytes are theirs: copy the folder with its links resolved (cp -rL) and use the copy"
         )
 
 
