@@ -256,7 +256,7 @@ def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
             "smallest_bytes": sizes[1],
         } | identity
     if isinstance(found, OpenedBundle):
-        manifest, verdict_ = found.manifest.to_dict(), verdict_of(found.folder.root, found.manifest.bundle_sha256)
+        manifest, verdict_ = found.manifest.to_dict(), verdict_of(found.folder.root)
         shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
         return {
             "kind": "bundle",

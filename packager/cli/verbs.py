@@ -156,37 +156,33 @@ def validate(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate text."""
-    from packager.validation.report import verdict_of
-
-    opened = packager.open_bundle(arguments.bundle)
-    verdict = verdict_of(opened.folder.root, opened.manifest.bundle_sha256)
-    if verdict.words:
-        print(f"packager: warning: {verdict.words}", file=sys.stderr)
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k", "seed")}
     if arguments.chat:
         from packager.cli.chat import talk
 
         if unfit := [flag for flag in ("prompt", "raw", "json") if getattr(arguments, flag)]:
             raise UsageError(f"--chat: not together with --{unfit[0]}")
-        conversation = packager.chat(opened, system=arguments.system, tokens=arguments.tokens, **sampling)
+        conversation = packager.chat(arguments.bundle, system=arguments.system, tokens=arguments.tokens, **sampling)
+        _warn_of_report(arguments)
         talk(conversation, quiet=arguments.quiet)
         return 0
     from packager.cli.prompt import prompt_of
 
     prompt = prompt_of(arguments.prompt)
     answer = packager.run(
-        opened,
+        arguments.bundle,
         prompt=prompt,
         tokens=arguments.tokens,
         chat=not arguments.raw,
         system=arguments.system,
         **sampling,
     )
+    valid = _warn_of_report(arguments)
     if arguments.json:
         text = "".join(answer)
         counts = {"prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens}
         speed = round(answer.tokens_per_second, 2)
-        found = {"prompt": prompt, "text": text, "tokens_per_second": speed, "valid": verdict.valid}
+        found = {"prompt": prompt, "text": text, "tokens_per_second": speed, "valid": valid}
         _print_json(found | counts)
         return 0
     for piece in answer:
@@ -199,6 +195,16 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _warn_of_report(arguments: argparse.Namespace) -> bool | None:
+    """Say so where a bundle, which was opened by now, is not known to be valid; whether it is."""
+    from packager.validation.report import verdict_of
+
+    verdict = verdict_of(arguments.bundle)
+    if verdict.words:
+        print(f"packager: warning: {verdict.words}", file=sys.stderr)
+    return verdict.valid
 
 
 def inspect(arguments: argparse.Namespace) -> int:

@@ -112,15 +112,16 @@ class Verdict:
     words: str = ""
 
 
-def verdict_of(root: Path, bundle_sha256: str) -> Verdict:
-    """What the report in folder `root` says of the bundle of that hash. Anybody may have written it: it is told, and
-    nothing rests on it."""
-    validate, path = f"run 'packager validate {root}'", BundleFolder(root=root).report
+def verdict_of(root: Path) -> Verdict:
+    """What the report in the bundle in folder `root` says of it. Anybody may have written it: it is told, and nothing
+    rests on it."""
+    folder = BundleFolder(root=root)
+    validate, path = f"run 'packager validate {root}'", folder.report
     if not path.is_file():
         return Verdict(valid=None, words=f"this bundle has no report, it was never validated: {validate}")
     try:
         report = read_json(path)
-        if report.get("bundle_sha256") != bundle_sha256:
+        if report.get("bundle_sha256") != read_json(folder.manifest).get("bundle_sha256"):
             return Verdict(valid=None, words=f"this bundle's report is of another bundle: {validate}")
         checks = [from_plain(Check, item, str(path)) for item in report["checks"]]
         failed = [_failed_words(check) for check in checks if check.passed is False]

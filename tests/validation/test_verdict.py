@@ -50,9 +50,10 @@ PEAK = "peak: 3.0 MiB (3,145,728) (limit 2.0 MiB (2,097,152))"
 def test_a_verdict_is_what_a_report_of_the_very_bundle_says(
     report: Any, valid: bool | None, words: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "packager.json").write_text(json.dumps({"bundle_sha256": HASH}))
     if report is not None:
         (tmp_path / "report.json").write_text(json.dumps(report))
-    found = verdict_of(tmp_path, HASH)
+    found = verdict_of(tmp_path)
     assert found.valid is valid
     assert found.words.startswith(words.format(root=tmp_path))
     assert bool(found.words) is (valid is not True)
