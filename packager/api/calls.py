@@ -482,11 +482,7 @@ def open_bundle(path: AnyPath) -> OpenedBundle:
     >>> packager.open_bundle("pico.bundle").manifest.bounds.context_tokens
     512
     """
-    folder = as_path(path, "path")
-    require_there(folder, "bundle", is_bundle)
-    from packager.bundle import opening
-
-    return opening.open_bundle(folder)
+    return opened_bundle(as_path(path, "path"))
 
 
 def profiles() -> tuple[DeviceProfile, ...]:

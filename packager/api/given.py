@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from packager.api import arguments
 from packager.api.arguments import Context, as_flag, as_path, checked
-from packager.api.near_names import is_map, require_there
+from packager.api.near_names import is_bundle, is_map, require_there
 from packager.api.threads import let_threads_sleep
 from packager.errors import UsageError, require_extra
 from packager.profile import DeviceProfile, load_profile
@@ -79,7 +79,11 @@ def opened_bundle(bundle: AnyPath | OpenedBundle) -> OpenedBundle:
     """A bundle from its folder, every file checked, or as it is. UsageError for what is neither."""
     from packager.bundle import opening
 
-    return bundle if isinstance(bundle, opening.OpenedBundle) else opening.open_bundle(as_path(bundle, "bundle"))
+    if isinstance(bundle, opening.OpenedBundle):
+        return bundle
+    folder = as_path(bundle, "bundle")
+    require_there(folder, "bundle", is_bundle)
+    return opening.open_bundle(folder)
 
 
 def model_name(model: AnyPath) -> str:
