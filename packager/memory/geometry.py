@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.errors import UnsupportedModelError
 from packager.io.files import read_json
+from packager.io.records import Count, Dimension, Layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,20 +27,20 @@ class Geometry:
     (longrope); 0 where any piece will do.
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    nodes: int
-    tokenizer_bytes: int
-    tokenizer_entries: int = 0
-    sliding_window: int = 0
-    sliding_layers: int = 0
-    cache_element_bytes: int = 0
-    whole_prompt_tokens: int = 0
+    layers: Layers
+    hidden: Dimension
+    intermediate: Dimension
+    heads: Dimension
+    kv_heads: Dimension
+    head_dim: Dimension
+    vocab: Dimension
+    nodes: Count
+    tokenizer_bytes: Count
+    tokenizer_entries: Count = 0
+    sliding_window: Count = 0
+    sliding_layers: Layers = 0
+    cache_element_bytes: Count = 0
+    whole_prompt_tokens: Count = 0
 
     def chunk_tokens(self, wanted: int, context_tokens: int) -> int:
         """The largest piece of a prompt in a context: as `wanted`, or the whole of it where it must not be cut."""
