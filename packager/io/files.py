@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from packager.errors import ArtifactError
+from packager.io import plain_json
 from packager.io.leftovers import owned, sweep
 
 _CHUNK = 1 << 20
@@ -48,15 +49,7 @@ def dump_json(value: Any) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ArtifactError names the file when it is missing or is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing: the folder is incomplete, make it again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}): the file is damaged, make it again") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return plain_json.read_object(path)
 
 
 def inner_path(root: Path, name: str) -> Path:

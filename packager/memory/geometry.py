@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.errors import UnsupportedModelError
 from packager.io.files import read_json
+from packager.io.records import Count, Dimension, Layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,22 +28,22 @@ class Geometry:
     attention); `hybrid_bytes` is what such layers hold whatever the context: their states and their kernels.
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    nodes: int
-    tokenizer_bytes: int
-    tokenizer_entries: int = 0
-    sliding_window: int = 0
-    sliding_layers: int = 0
-    cache_element_bytes: int = 0
-    whole_prompt_tokens: int = 0
-    cacheless_layers: int = 0
-    hybrid_bytes: int = 0
+    layers: Layers
+    hidden: Dimension
+    intermediate: Dimension
+    heads: Dimension
+    kv_heads: Dimension
+    head_dim: Dimension
+    vocab: Dimension
+    nodes: Count
+    tokenizer_bytes: Count
+    tokenizer_entries: Count = 0
+    sliding_window: Count = 0
+    sliding_layers: Layers = 0
+    cache_element_bytes: Count = 0
+    whole_prompt_tokens: Count = 0
+    cacheless_layers: Layers = 0
+    hybrid_bytes: Count = 0
 
     @property
     def whole_cache_layers(self) -> int:

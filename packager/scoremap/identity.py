@@ -8,7 +8,7 @@ from typing import Any
 
 from packager.errors import ArtifactError, UsageError
 from packager.io.files import read_json, require_distinct, sha256_file
-from packager.io.records import from_plain
+from packager.io.records import Count, Dimension, Positive, from_plain
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
 from packager.scoremap.folder import IDENTITY_FILE, SCOREMAP_FILE, MapFolder
@@ -24,9 +24,9 @@ class ModelIdentity:
     source: str
     sha256: str
     architecture: str
-    parameters: int
-    float16_bytes: int
-    max_context_tokens: int
+    parameters: Positive
+    float16_bytes: Positive
+    max_context_tokens: Dimension
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class CalibrationIdentity:
 
     text: str
     sha256: str
-    tokens: int
+    tokens: Count
 
 
 _OF_HYBRIDS = ("cacheless_layers", "hybrid_bytes")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.errors import ArtifactError
-from packager.io.records import from_plain
+from packager.io.records import Said, from_plain
 from packager.runtime import device_check
 from packager.runtime.limits import LimitedRun, run_limited
 from packager.validation.report import Check
@@ -46,8 +46,8 @@ class Document:
     checks: tuple[Check, ...]
     memory: ProcessMemory
     speed: Speed
-    prompt: str
-    answer: str
+    prompt: Said
+    answer: Said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from packager.bundle.folder import BundleFolder
 from packager.bundle.manifest import Measured, Predicted
 from packager.errors import ArtifactError
 from packager.io.files import read_json
-from packager.io.records import from_plain, without_none
+from packager.io.records import Count, Said, from_plain, without_none
 from packager.sizes import format_size
 
 SCHEMA = 1
@@ -43,12 +43,12 @@ class Round:
     """One build of the closed loop: what was planned, what was kept free beside the prediction, and the peak that was
     measured, 0 where the run failed."""
 
-    context_tokens: int
+    context_tokens: Count
     cache: str
-    file_bytes: int
+    file_bytes: Count
     loss_nats: float
-    predicted_bytes: int
-    measured_bytes: int
+    predicted_bytes: Count
+    measured_bytes: Count
     reserve_bytes: int
 
 
@@ -56,8 +56,8 @@ class Round:
 class Answer:
     """What the bundle was asked at the end of the acceptance test, and what it answered."""
 
-    prompt: str
-    text: str
+    prompt: Said
+    text: Said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
