@@ -123,7 +123,7 @@ class RefusedError(Exception):
 NO_LOAD = "nothing of it was loaded"
 # What may lie in a bundle beside what its sums list: the reports, one half-written, what Python and downloads leave.
 UNSUMMED = re.compile(
-    r"SHA256SUMS|report\.(json|html)|\.report\.(json|html)\.[\w.-]+|__pycache__/check\.[\w.-]+\.pyc"
+    r"SHA256SUMS|\.gitattributes|report\.(json|html)|\.report\.(json|html)\.[\w.-]+|__pycache__/check\.[\w.-]+\.pyc"
     r"|\.gitattributes|\.cache/huggingface/.+"
 )
 SMALL_BYTES = 16 << 20  # of a JSON file, more than any that a bundle needs
@@ -327,7 +327,7 @@ def provider_faults(value: Any) -> bool:
     return False
 
 
-def refuse_settings(root: Path, context_tokens: int) -> None:
+def refuse_settings(root: Path, context_tokens: int, provider: str) -> None:
     """RefusedError for a setting of the runtime, the tokenizer or the model that is not on the list of those that a
     bundle may have."""
     where = root / "genai_config.json"
@@ -344,6 +344,9 @@ def refuse_settings(root: Path, context_tokens: int) -> None:
                 f"{where}: {name} is {shown(found)}: expected the manifest's context of {context_tokens} tokens: "
                 f"{NO_LOAD}"
             )
+    asked = model["decoder"].get("session_options", {}).get("provider_options", [])
+    if others := {name for options in asked for name in options if name.lower() != provider}:
+        raise RefusedError(f"{where} asks for provider {shown(min(others))}: expected {shown(provider)}: {NO_LOAD}")
     for name, rules in (("tokenizer_module.json", MODULE_RULES), (TEXT_FILE, TEXT_RULES)):
         if (path := root / name).exists():
             refuse_unlisted(read_object(path), rules, str(path))
@@ -536,7 +539,7 @@ def refuse_untrusted(root: Path, manifest: dict[str, Any]) -> None:
     `manifest` is packager.json, whose files were found to have their hashes. Nothing is loaded or run to tell.
     """
     refuse_unsummed(root, manifest)
-    refuse_settings(root, manifest["bounds"]["context_tokens"])
+    refuse_settings(root, manifest["bounds"]["context_tokens"], str(manifest["bounds"].get("provider")))
     refuse_graph(root)
 
 

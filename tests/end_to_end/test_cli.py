@@ -44,6 +44,7 @@ chunk_tokens = 32
 tokens = 512
 
 [memory]
+margin_bytes = 0
 process_bytes = 134217728
 process_load_bytes = 134217728
 """
@@ -510,13 +511,13 @@ def resign(bundle: Path) -> None:
     """Make the hashes of a changed manifest right again, as someone who changes it on purpose would."""
     path = bundle / "packager.json"
     manifest = json.loads(path.read_text())
+    listed = {}
     if "files" in manifest:
         manifest["bundle_sha256"] = packager.io.files.sha256_json(manifest["files"])
+        listed = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     write_json(path, manifest)
-    sums = [line for line in (bundle / "SHA256SUMS").read_text().splitlines() if not line.endswith("  packager.json")]
-    (bundle / "SHA256SUMS").write_text(
-        "".join(f"{line}\n" for line in [*sums, f"{packager.io.files.sha256_file(path)}  packager.json"])
-    )
+    listed["packager.json"] = packager.io.files.sha256_file(path)
+    (bundle / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in listed.items()))
 
 
 MALFORMED: dict[str, Callable[[Any], None]] = {
@@ -583,10 +584,10 @@ def test_a_map_with_a_changed_file_makes_no_bundle(
     folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
     position = -5
     if file == "store.safetensors":
-        # The budget is ample: every unit stays float. Bytes that are not copied are not read.
+        # The budget is ample and to be used: every unit stays float. Bytes that are not copied are not read.
         position = next(tensor.region.offset for key, tensor in read_header(folder / file)[0].items() if "|f32|" in key)
     damage(folder / file, position)
-    done = packager_("build", folder, "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate")
+    done = packager_("build", folder, "--profile", profile, "--fill", "-o", tmp_path / "out.bundle", "--no-validate")
     assert done.code == 1
     assert names(tmp_path) == ["copy.map"]
 
@@ -664,7 +665,17 @@ def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
 
 
 def with_budget(bundle: Path, budget: int) -> Path:
-    edited(lambda manifest: manifest["bounds"].update(budget_bytes=budget), bundle / "packager.json")
+    plan = bundle / "plan.json"
+    edited(lambda plan: plan.update(budget_bytes=budget), plan)
+
+    def admit(manifest: Any) -> None:
+        manifest["bounds"].update(budget_bytes=budget)
+        manifest["plan_sha256"] = packager.io.files.sha256_file(plan)
+        for entry in manifest["files"]:
+            if entry["path"] == "plan.json":
+                entry.update(bytes=plan.stat().st_size, sha256=manifest["plan_sha256"])
+
+    edited(admit, bundle / "packager.json")
     resign(bundle)
     return bundle
 
