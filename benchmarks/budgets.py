@@ -3,12 +3,12 @@
     python benchmarks/budgets.py --map MAP [--profile laptop-16gb] [--context 512] [--count 24 |
                                  --budgets 180MiB 200MiB …] [--repeats 3] [--most 9] [--json FILE]
 
-Budgets are spread evenly between the map's minimum and what the float16 model's size would need. Every bundle is then
-run `--repeats` times under its limit and as often without one, in turns: the system can drop mapped weights and read
-them again, so a run that survives its limit may still crawl. What counts is the median ratio over all pairs of runs.
-Where it is below 0.9 after `--repeats` pairs, `--most` pairs are run; a ratio that stays below 0.9 fails. A failed
-check, a limit that nothing enforces, and a binding budget used to less than 93 % fail too. The exit status is 1 where
-any budget fails.
+Budgets are spread evenly between the map's minimum and what the float16 model's size would need, and every model takes
+all that its budget allows. Every bundle is then run `--repeats` times under its limit and as often without one, in
+turns: the system can drop mapped weights and read them again, so a run that survives its limit may still crawl. What
+counts is the median ratio over all pairs of runs. Where it is below 0.9 after `--repeats` pairs, `--most` pairs are
+run; a ratio that stays below 0.9 fails. A failed check, a limit that nothing enforces, and a binding budget used to
+less than 93 % fail too. The exit status is 1 where any budget fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from packager.errors import InfeasibleBudgetError
 from packager.io.records import without_none
 from packager.pipeline import build
 from packager.planning.plan import Request
+from packager.planning.target import Target
 from packager.profile import load_profile
 from packager.scoremap.opening import OpenedMap, open_map
 from packager.sizes import format_size, parse_size
@@ -54,14 +55,14 @@ SPEED_HEADER = ["budget", *(f"{phase}, tokens/s: limit / free (pairs)" for phase
 def spread(request: Request, loaded: OpenedMap, count: int) -> list[int]:
     """Budgets from the least that fits to the one at which weights reach the float16 model's bytes."""
     try:
-        Request(profile=request.profile, budget_bytes=1 << 20, context_tokens=request.context_tokens).plan(loaded)
+        replace(request, budget_bytes=1 << 20).plan(loaded)
         raise SystemExit("a budget of 1 MiB was found feasible")
     except InfeasibleBudgetError as error:
         least = error.minimum_bytes
     low, high = least, request.profile.memory_bytes
     while high - low > 1 << 20:
         middle = (low + high) // 2
-        plan = Request(profile=request.profile, budget_bytes=middle, context_tokens=request.context_tokens).plan(loaded)
+        plan = replace(request, budget_bytes=middle).plan(loaded)
         low, high = (middle, high) if plan.ratio < 1 else (low, middle)
     return [least + (2 << 20) + (low - least) * step // max(1, count - 1) for step in range(count)]
 
@@ -122,13 +123,13 @@ def main() -> int:
     arguments = parser.parse_args()
 
     loaded, profile = open_map(arguments.map), load_profile(arguments.profile)
-    request = Request(profile=profile, context_tokens=arguments.context)
+    request = Request(profile=profile, context_tokens=arguments.context, target=Target(fill=True))
     budgets = [parse_size(text, of_bytes=profile.memory_bytes) for text in arguments.budgets or ()] or spread(
         request, loaded, arguments.count
     )
     memory_rows, speed_rows, data, enforced = [], [], [], set()
     for budget in budgets:
-        wanted = Request(profile=profile, budget_bytes=budget, context_tokens=arguments.context)
+        wanted = replace(request, budget_bytes=budget)
         with tempfile.TemporaryDirectory() as scratch, Bars() as bars:
             bundle = Path(scratch, "bundle")
             built = build(loaded, wanted, bundle, validate=True, force=False, progress=bars)

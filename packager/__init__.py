@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from packager.api.calls import write_plan as write_plan
     from packager.progress import Progress as Progress
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Progress",
     "__version__",

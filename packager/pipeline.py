@@ -12,24 +12,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager.bundle.folder import BundleFolder
+from packager.bundle.folder import BUNDLE, BundleFolder
 from packager.bundle.manifest import Manifest
 from packager.bundle.opening import OpenedBundle
 from packager.bundle.writer import Recipe, stage, with_golden, with_scales, write_manifest
 from packager.errors import ArtifactError, InfeasibleBudgetError
-from packager.io.files import published_folder, refuse_existing
+from packager.io.outputs import published_folder, refuse_existing, reserved
 from packager.planning.plan import Plan, Request
+from packager.planning.shortfall import within_error_text
 from packager.progress import Progress
 from packager.scoremap.folder import MapFolder
 from packager.scoremap.opening import OpenedMap, open_map
+from packager.sizes import format_size
 from packager.validation.acceptance import run_acceptance
-from packager.validation.report import Round, ValidationReport, write_report
+from packager.validation.report import Round, ValidationReport
+from packager.validation.report_page import write_report
 
 if TYPE_CHECKING:
     from packager.scoremap.settings import ScoreSettings
     from packager.scoring.polish_plan import Polishing
 
 _ROUNDS = 3
+_MIB = 1 << 20
 _MARGIN_SHARE = 0.01
 """Of the budget, for what a limit counts beside the process's own pages; a process at its very limit crawls."""
 _UNUSED_SHARE = 0.05
@@ -59,15 +63,32 @@ def build(
 
     A bundle whose checks fail is published too, with a report that says so: it is for the caller to refuse it.
     """
-    refuse_existing(out, force=force)
-    plan = request.plan(opened)
-    with published_folder(out, force=force) as staging:
+    inputs = [opened.folder.root]
+    if polishing is not None:
+        inputs += [*polishing.calibration_paths, *polishing.checkpoint.inputs]
+    with published_folder(out, BUNDLE, force=force, inputs=inputs) as staging:
+        plan, reserve = _first_plan(opened, request, progress) if validate else (request.unmeasured().plan(opened), 0)
         if validate:
-            return _validated(opened, request, plan, staging, progress, polishing)
+            return _validated(opened, request, plan, reserve, staging, progress, polishing)
         recipe = Recipe(source=opened, plan=plan, profile=request.profile)
         bundle = _polished(recipe, _staged(recipe, staging, progress), polishing, progress)
         write_manifest(bundle)
         return Built(plan=plan, manifest=bundle.manifest, report=None)
+
+
+def _first_plan(opened: OpenedMap, request: Request, progress: Progress) -> tuple[Plan, int]:
+    """The plan that the closed loop begins with, and what it keeps free beside its prediction: the margin, where
+    anything fits beside it, for a first round that fits is the last. What is measured then takes the margin's place.
+
+    Warns where the budget is nearer to the smallest model's need than predictions are exact.
+    """
+    margin = request.profile.coefficients.margin_bytes
+    try:
+        return request.plan(opened, margin), margin
+    except InfeasibleBudgetError:
+        plan = request.plan(opened)
+    progress.warn(within_error_text(margin))
+    return plan, 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +111,10 @@ class _Round:
 
     @property
     def slack(self) -> bool:
-        """Whether it leaves much of the budget unused, and gave something up."""
-        return self.plan.prefix > 0 and self.room_bytes > _UNUSED_SHARE * self.plan.budget_bytes
+        """Whether it gave something up, and leaves much of the budget unused that its plan did not mean to leave: a
+        plan stops where more bytes win nothing, or where it was asked to."""
+        meant = max(0, self.plan.budget_bytes - self.plan.peak_bytes - self.reserve_bytes)
+        return self.plan.prefix > 0 and self.room_bytes - meant > _UNUSED_SHARE * self.plan.budget_bytes
 
     @property
     def tight(self) -> bool:
@@ -112,7 +135,13 @@ class _Round:
 
 
 def _validated(
-    opened: OpenedMap, request: Request, plan: Plan, staging: Path, progress: Progress, polishing: Polishing | None
+    opened: OpenedMap,
+    request: Request,
+    plan: Plan,
+    reserve: int,
+    staging: Path,
+    progress: Progress,
+    polishing: Polishing | None,
 ) -> Built:
     """Build and measure until it fits, then finish the best build once: scales, golden file, manifest, report."""
     from packager.runtime.providers import require_supported
@@ -120,7 +149,7 @@ def _validated(
     from packager.validation.validate import validate_bundle
 
     require_supported(request.profile.provider)
-    rounds, bundle = _closed_loop(opened, request, plan, staging, progress)
+    rounds, bundle = _closed_loop(opened, request, plan, reserve, staging, progress)
     recipe = Recipe(source=opened, plan=_best(rounds).plan, profile=request.profile)
     bundle, torch_side = _polished(recipe, _moved(bundle, staging), polishing, progress), None
     if missing_reference() is None:
@@ -128,7 +157,7 @@ def _validated(
 
         progress.phase("golden outputs in torch", 1)
         torch_side = reference.load_reference(bundle)
-        reference.write_golden(torch_side, bundle.folder.golden, context_tokens=recipe.plan.context_tokens)
+        reference.write_golden(torch_side, bundle, bundle.folder.golden)
         bundle = with_golden(bundle)
         progress.advance()
     write_manifest(bundle)  # what is tested is what it says
@@ -142,16 +171,17 @@ def _validated(
 
 
 def _closed_loop(
-    opened: OpenedMap, request: Request, plan: Plan, staging: Path, progress: Progress
+    opened: OpenedMap, request: Request, plan: Plan, kept_free: int, staging: Path, progress: Progress
 ) -> tuple[list[_Round], OpenedBundle]:
-    """Build and measure until the peak fits and the budget is used, three times at most.
+    """Build and measure until the peak fits and the budget is used, three times at most; the first plan keeps
+    `kept_free` bytes beside its prediction.
 
     Returns all rounds and the bundle of the best, which lies in a folder of its own in `staging`: of two builds the
     better is kept, so that none is written twice.
     """
     rounds: list[_Round] = []
     best: OpenedBundle | None = None
-    reserve: int | None = 0
+    reserve: int | None = kept_free
     # What was measured of one cache says nothing of the other: later rounds keep the first one's.
     kept = replace(request, cache=plan.cache)
     while reserve is not None and len(rounds) < _ROUNDS:
@@ -198,8 +228,22 @@ def _planned_again(opened: OpenedMap, request: Request, last: _Round, reserve: i
         except InfeasibleBudgetError as error:
             refused = error
     if last.room_bytes < 0:
-        raise refused
+        raise _too_little(last, refused)
     return None
+
+
+def _too_little(last: _Round, refused: InfeasibleBudgetError) -> InfeasibleBudgetError:
+    """What to say where the smallest model, as it was measured, exceeds the budget."""
+    least = refused.minimum_bytes
+    whole = -(-least // _MIB)
+    return InfeasibleBudgetError(
+        f"measured {format_size(last.peak_bytes)} ({last.peak_bytes:,} bytes) of a budget of "
+        f"{format_size(last.plan.budget_bytes)}; by that the smallest model needs {format_size(least)}: give at least "
+        f"{whole} MiB\n{refused}",
+        budget_bytes=last.plan.budget_bytes,
+        minimum_bytes=least,
+        shortfall=refused.shortfall,
+    )
 
 
 def _next_reserve(last: _Round) -> int | None:
@@ -260,26 +304,29 @@ def pack(
     from packager.scoring.score import map_differences, score_model
     from packager.source.checkpoint import open_checkpoint
 
-    refuse_existing(out, force=force)
+    refuse_existing(out, BUNDLE, force=force)
     checkpoint = open_checkpoint(source)
     folder = map_folder or out.parent / f"{checkpoint.name}.map"
-    differences = (
-        map_differences(folder, checkpoint, settings, calibration_paths) if MapFolder(root=folder).exists() else None
-    )
-    if differences and not force:
-        raise ArtifactError(
-            f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
-            f"another with --map, "
-            "or pass --force to score again in its place"
+    with reserved(out, BUNDLE, force=force, inputs=[folder, *checkpoint.inputs, *calibration_paths]):
+        differences = (
+            map_differences(folder, checkpoint, settings, calibration_paths)
+            if MapFolder(root=folder).exists()
+            else None
         )
-    if differences != []:
-        score_model(
-            checkpoint,
-            folder,
-            settings,
-            calibration_paths=calibration_paths,
-            device=device,
-            force=force,
-            progress=progress,
-        )
-    return build(open_map(folder), request, out, validate=validate, force=force, progress=progress)
+        if differences and not force:
+            raise ArtifactError(
+                f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
+                "another with --map, "
+                "or pass --force to score again in its place"
+            )
+        if differences != []:
+            score_model(
+                checkpoint,
+                folder,
+                settings,
+                calibration_paths=calibration_paths,
+                device=device,
+                force=force,
+                progress=progress,
+            )
+        return build(open_map(folder), request, out, validate=validate, force=force, progress=progress)

@@ -384,6 +384,25 @@ def test_rules_of_acip_are_those_of_its_settings() -> None:
         assert rule.check(getattr(AcipSettings(), name)) == getattr(AcipSettings(), name)
 
 
+@pytest.mark.parametrize("given", ["path", "opened"])
+def test_a_plan_replaces_a_plan_and_no_input(given: str, desk: Path, tmp_path: Path) -> None:
+    folder, out = desk / "pico.map", tmp_path / "plan.json"
+    pico = folder if given == "path" else packager.open_map(folder)
+    for _ in range(2):
+        plan = packager.plan(pico, profile=desk / "pico-box.toml", out=out)
+    out.write_text("precious")
+    with pytest.raises(ArtifactError, match="pass --force to replace it"):
+        packager.plan(pico, profile="laptop-16gb", out=out)
+    for inner in (folder / "map.json", desk / "pico-box.toml"):
+        with pytest.raises(ArtifactError, match="the input"):
+            packager.plan(pico, profile=desk / "pico-box.toml", out=inner, force=True)
+        with pytest.raises(ArtifactError, match="the input"):
+            packager.write_plan(plan, out=inner, force=True, inputs=[folder, desk / "pico-box.toml"])
+    assert out.read_text() == "precious"
+    packager.write_plan(plan, out=out, force=True)
+    assert packager.inspect(out) == plan
+
+
 def test_what_is_none_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as refused:
         packager.inspect(tmp_path)

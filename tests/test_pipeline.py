@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -16,12 +16,14 @@ from packager import pipeline
 from packager.bundle.folder import BundleFolder
 from packager.bundle.writer import Recipe
 from packager.errors import InfeasibleBudgetError
-from packager.pipeline import _best, _closed_loop, _next_reserve, _planned_again, _Round
+from packager.pipeline import _best, _closed_loop, _first_plan, _next_reserve, _planned_again, _Round
 from packager.planning.plan import Plan, Request, make_plan, smallest_memory
 from packager.planning.predicted_memory import PredictedMemory
+from packager.planning.target import Target
 from packager.profile import DeviceProfile, load_profile
 from packager.progress import Silent
 from packager.scoremap.opening import OpenedMap, open_map
+from packager.sizes import format_size
 
 MIB = 1 << 20
 
@@ -163,7 +165,7 @@ class Loop:
         monkeypatch.setattr(pipeline, "write_manifest", lambda bundle: None)
         monkeypatch.setattr(pipeline, "run_acceptance", run_acceptance)
         plan = self.request.plan(self.loaded)
-        rounds, bundle = _closed_loop(self.loaded, self.request, plan, folder, Silent())
+        rounds, bundle = _closed_loop(self.loaded, self.request, plan, 0, folder, Silent())
         assert [item.plan for item in rounds] == staged
         kept: Any = bundle
         assert kept.plan is _best(rounds).plan
@@ -176,10 +178,13 @@ def loop(
 ) -> Loop:
     """A loop whose budget lies at `share` of the way from the smallest model to the largest."""
     least = smallest_memory(loaded, profile, profile.context_tokens).peak_bytes
-    most = make_plan(loaded, profile, budget_bytes=profile.memory_bytes).peak_bytes
+    fill = Target(fill=True)
+    most = make_plan(loaded, profile, budget_bytes=profile.memory_bytes, target=fill).peak_bytes
     return Loop(
         loaded=loaded,
-        request=Request(profile=profile, budget_bytes=int(least + share * (most - least)), **wanted),
+        request=Request(
+            profile=profile, budget_bytes=int(least + share * (most - least)), **({"target": fill} | wanted)
+        ),
         peaks=peaks,
     )
 
@@ -220,8 +225,42 @@ def test_a_budget_that_no_model_keeps_ends_in_an_error(
     loaded: OpenedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case = loop(loaded, weightless, 0.0, lambda number, plan: plan.budget_bytes + 10 * MIB)
-    with pytest.raises(InfeasibleBudgetError):
+    with pytest.raises(InfeasibleBudgetError) as caught:
         case.rounds(monkeypatch, tmp_path)
+    budget = caught.value.budget_bytes
+    needed = caught.value.minimum_bytes
+    assert needed >= budget + 10 * MIB
+    assert str(caught.value).startswith(f"measured {format_size(budget + 10 * MIB)}")
+    assert f"give at least {-(-needed // MIB)} MiB" in str(caught.value)
+
+
+def test_a_large_budget_is_not_filled_by_building_again(
+    loaded: OpenedMap, weightless: DeviceProfile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beyond the knee nothing is won, however much of the budget a measurement shows to be free."""
+    case = loop(loaded, weightless, 3.0, lambda number, plan: plan.peak_bytes // 2, target=Target(max_rise_nats=0.5))
+    (only,) = case.rounds(monkeypatch, tmp_path)
+    assert only.plan.bound == "max-rise"
+
+
+def test_the_first_plan_keeps_the_margin_where_anything_fits_beside_it(
+    loaded: OpenedMap, weightless: DeviceProfile
+) -> None:
+    class Listener(Silent):
+        said: ClassVar[list[str]] = []
+
+        def warn(self, message: str) -> None:
+            self.said.append(message)
+
+    margin = weightless.coefficients.margin_bytes
+    least = smallest_memory(loaded, weightless, weightless.context_tokens).peak_bytes
+    roomy = Request(profile=weightless, budget_bytes=least + margin)
+    plan, reserve = _first_plan(loaded, roomy, Listener())
+    assert (reserve, plan.margin_bytes, Listener.said) == (margin, 0, [])
+    assert plan.peak_bytes + margin <= least + margin
+    plan, reserve = _first_plan(loaded, replace(roomy, budget_bytes=least + margin - 1), Listener())
+    assert reserve == 0
+    assert "within the prediction's error (20.0 MiB)" in Listener.said[0]
 
 
 def test_the_same_weights_at_a_shorter_context_are_another_round(

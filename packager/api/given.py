@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from packager.api import arguments
 from packager.api.arguments import Context, as_flag, as_path, checked
-from packager.api.near_names import is_map, require_there
+from packager.api.near_names import is_bundle, is_map, require_there
 from packager.api.threads import let_threads_sleep
 from packager.errors import UsageError, require_extra
 from packager.profile import DeviceProfile, load_profile
 from packager.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from packager.bundle.opening import OpenedBundle
     from packager.planning.plan import Request
+    from packager.planning.target import Target
     from packager.runtime.answers import Sampling
     from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings, ScoreSettings
@@ -36,6 +38,7 @@ SCORE_LIBRARIES = (
     "accelerate",
     "gguf",
     "huggingface_hub",
+    "jinja2",
     "optimum",
     "pyarrow",
     "tokenizers",
@@ -64,6 +67,25 @@ def opened_map(map: AnyPath | OpenedMap) -> OpenedMap:
     return open_map(folder)
 
 
+def paths_of(*given: object) -> list[Path]:
+    """Where what was given lies on disk, of what was given as a path or as an opened map."""
+    from packager.scoremap.opening import OpenedMap
+
+    found = [item.folder.root if isinstance(item, OpenedMap) else item for item in given]
+    return [Path(item) for item in found if isinstance(item, str | PathLike)]
+
+
+def opened_bundle(bundle: AnyPath | OpenedBundle) -> OpenedBundle:
+    """A bundle from its folder, every file checked, or as it is. UsageError for what is neither."""
+    from packager.bundle import opening
+
+    if isinstance(bundle, opening.OpenedBundle):
+        return bundle
+    folder = as_path(bundle, "bundle")
+    require_there(folder, "bundle", is_bundle)
+    return opening.open_bundle(folder)
+
+
 def model_name(model: AnyPath) -> str:
     """A model's folder, file or name, as text."""
     return str(as_path(model, "model"))
@@ -79,7 +101,11 @@ def listener_of(progress: Progress | None) -> Progress:
 
 
 def request_for(
-    profile: AnyProfile, budget: int | str | None, context: Context | None, kv_cache: str | None
+    profile: AnyProfile,
+    budget: int | str | None,
+    context: Context | None,
+    kv_cache: str | None,
+    target: Target,
 ) -> Request:
     """What to build for, checked."""
     device = profile_of(profile)
@@ -88,7 +114,21 @@ def request_for(
     cache = None if kv_cache is None else checked(arguments.KV_CACHE, kv_cache, "kv_cache")
     from packager.planning.plan import Request
 
-    return Request(profile=device, budget_bytes=budget_bytes, context_tokens=tokens, cache=cache)
+    return Request(profile=device, budget_bytes=budget_bytes, context_tokens=tokens, cache=cache, target=target)
+
+
+def target_for(max_rise: float | None, file_size: int | str | None, ratio: float | None, fill: bool) -> Target:
+    """What bounds a size beside the budget, checked."""
+    rise = None if max_rise is None else checked(arguments.RISE_NATS, max_rise, "max_rise")
+    share = None if ratio is None else checked(arguments.RATIO, ratio, "ratio")
+    from packager.planning.target import Target
+    from packager.sizes import parse_size
+
+    if isinstance(file_size, str):
+        most: int | None = parse_size(file_size)
+    else:
+        most = None if file_size is None else checked(arguments.FILE_BYTES, file_size, "file_size")
+    return Target(max_rise_nats=rise, most_bytes=most, most_ratio=share, fill=as_flag(fill, "fill"))
 
 
 def _budget(budget: int | str | None, profile: DeviceProfile) -> int | None:

@@ -17,6 +17,8 @@ from typing import Any
 from packager.api.threads import let_threads_sleep
 from packager.cli.parser import asked_for, parse
 from packager.errors import PackagerError
+from packager.io.failures import is_disk_full, output_error
+from packager.runtime.processes import StoppedError, stopping
 
 _INTERRUPTED = 130
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,14 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     let_threads_sleep()
     words = list(sys.argv[1:] if argv is None else argv)
+    # A console's code page lacks most scripts: what it has no letter for is a question mark, and no traceback.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most scripts
+            stream.reconfigure(errors="replace")
     try:
         arguments = parse(words)
         if arguments.verbose:
             print(_setting(), file=sys.stderr)
-        status = int(arguments.verb(arguments))
+        with stopping():
+            status = int(arguments.verb(arguments))
         print(end="", flush=True)  # here, where a reader that has gone is an exception to catch
         return status
     except PackagerError as error:
@@ -48,23 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         detail = {key: value for key, value in vars(error).items() if isinstance(value, int | dict)}
         _say(words, type(error).__name__, str(error), detail)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(
             "packager: interrupted; nothing was left under a final name, and 'packager score' resumes where it was",
             file=sys.stderr,
         )
-        return _INTERRUPTED
+        return stopped.status if isinstance(stopped, StoppedError) else _INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has gone: nothing more to say, and nothing to flush at exit.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        advice = "free some space or choose another folder; " if error.errno in _FULL else ""
-        _say(words, type(error).__name__, f"{error.strerror or error}{where}: {advice}nothing was left half-written")
-        return 1
     except Exception as error:
+        if isinstance(error, OSError) or is_disk_full(error):
+            name = getattr(error, "filename", None)
+            said = output_error(error, Path(name if isinstance(name, str) else "here"))
+            _say(words, "OutputError", str(said or f"{error}; nothing was left half-written"))
+            return 1
         if os.environ.get("PACKAGER_DEBUG"):
             raise
         if verbose := asked_for("--verbose", words):

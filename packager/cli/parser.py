@@ -115,14 +115,15 @@ def _make_parser() -> argparse.ArgumentParser:
         subparsers,
         "plan",
         verbs.plan,
-        "choose the largest model that fits; needs no model and no runtime",
+        "choose the best model that fits; needs no model and no runtime",
         "packager plan smol.map --profile edge-box-256mb\n"
         "  packager plan smol.map --profile laptop-16gb --budget 10% --json\n"
         "  packager plan smol.map --profile laptop-16gb --budget 300MiB --context auto",
     )
     plan.add_argument("map", type=path, metavar="MAP")
     _target(plan)
-    plan.add_argument("-o", "--output", type=path, metavar="FILE", help="write plan.json here")
+    plan.add_argument("-o", "--output", type=path, metavar="FILE", help="write plan.json here, over an older plan too")
+    plan.add_argument("--force", action="store_true", help="replace an existing FILE that is no plan")
 
     curve = _verb(
         subparsers,
@@ -179,6 +180,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw the curve: FILE.png or FILE.svg (needs the extra 'plot')",
     )
+    curve.add_argument("--force", action="store_true", help="replace an existing FILE")
 
     build = _verb(
         subparsers,
@@ -349,6 +351,26 @@ def _target(parser: argparse.ArgumentParser) -> None:
             "key/value cache of floats, of 8-bit codes, or whichever is predicted to lose less "
             "(default: the profile's, else auto)"
         ),
+    )
+    parser.add_argument(
+        "--fill",
+        action="store_true",
+        help="take the largest model that fits (default: the smallest within 0.002 nats of its predicted loss)",
+    )
+    parser.add_argument(
+        "--max-rise",
+        type=_of(rules.RISE_NATS),
+        metavar="NATS",
+        help="take the smallest model whose predicted rise of the loss is at most that, in nats per token",
+    )
+    parser.add_argument(
+        "--file-size", metavar="SIZE", help="graph and weights together take at most that: bytes, or 90MB, 1.5GiB"
+    )
+    parser.add_argument(
+        "--ratio",
+        type=_of(rules.RATIO),
+        metavar="SHARE",
+        help="the weights take at most that share of the float16 model's bytes, such as 0.3",
     )
 
 

@@ -11,13 +11,15 @@ from packager.bundle.manifest import Polish
 from packager.bundle.opening import OpenedBundle
 from packager.cli.screen import Screen
 from packager.planning.plan import Plan
+from packager.planning.shortfall import MARGIN_TEXT
 from packager.planning.size_curve import BY_PEAK, MOST_NOISE, Curve
+from packager.planning.target import BUDGET, FILE_SIZE, KNEE, KNEE_NATS, LARGEST, MAX_RISE, RATIO
 from packager.profile import DeviceProfile
 from packager.scoremap.identity import MapIdentity
 from packager.scoremap.opening import OpenedMap
 from packager.sizes import format_size
 from packager.validation.advice import columns, verdict_lines
-from packager.validation.report import ValidationReport, round_text, verdict
+from packager.validation.report import ValidationReport, round_text, verdict, verdict_of
 
 if TYPE_CHECKING:
     from packager.memory.calibrate import MeasuredCoefficients
@@ -29,7 +31,7 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
     """What was chosen, what it is predicted to weigh and cost, and where the memory goes; `wanted_tokens` is the
     context that the profile has, where the plan was to have it."""
     terms = plan.memory.terms
-    width = max(28, *map(len, terms))
+    width = max(28, *map(len, terms), len(MARGIN_TEXT) if plan.margin_bytes else 0)
     whole = max(plan.budget_bytes, plan.peak_bytes, 1)
     bounded = (
         f", all that the model was made for ({plan.profile} has {wanted_tokens})"
@@ -41,6 +43,7 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
         f"tokens{bounded}",
         f"chosen       {format_size(plan.file_bytes)} of weights, {plan.ratio:.1%} of the float16 model "
         f"({plan.prefix} of {plan.moves} compression steps taken)",
+        *([f"bound        {_bound_text(plan)}"] if plan.bound else []),
         f"forms        {forms_text(plan.choices.values())}",
         f"cache        {plan.cache}"
         + (f" (+{plan.cache_nats:.4f} nats)" if plan.cache_nats else "")
@@ -50,13 +53,32 @@ def plan_text(plan: Plan, wanted_tokens: int = 0) -> str:
     ]
     for name, size in terms.items():
         lines.append(f"  {name:{width}} {format_size(size):>10}  {'█' * max(0, round(_BAR * size / whole))}")
-    left = plan.budget_bytes - plan.peak_bytes
+    if plan.margin_bytes:
+        share = "█" * round(_BAR * plan.margin_bytes / whole)
+        lines.append(f"  {MARGIN_TEXT:{width}} {format_size(plan.margin_bytes):>10}  {share}")
+    left = plan.budget_bytes - plan.peak_bytes - plan.margin_bytes
     # Only a later round of the closed loop plans beyond the budget, by what an earlier one measured below its
     # prediction.
     lines.append(
         f"  {'fits, left' if left >= 0 else 'beyond it, as measured less':{width}} {format_size(abs(left)):>10}"
     )
     return "\n".join(lines)
+
+
+def _bound_text(plan: Plan) -> str:
+    """Why the size is what it is."""
+    if plan.bound == KNEE:
+        return (
+            f"budget allows {format_size(plan.allowed_bytes)} of weights; beyond {format_size(plan.file_bytes)} "
+            f"nothing is won that one could measure ({KNEE_NATS:g} nats; --fill takes them)"
+        )
+    return {
+        BUDGET: f"the budget: nothing that fits is better by {KNEE_NATS:g} nats",
+        MAX_RISE: "max-rise: a smaller model is predicted to lose more",
+        FILE_SIZE: f"file-size: nothing within it is better by {KNEE_NATS:g} nats",
+        RATIO: f"ratio: nothing within it is better by {KNEE_NATS:g} nats",
+        LARGEST: "none: it is the largest that the map has for this device",
+    }.get(plan.bound, plan.bound)
 
 
 def score_text(
@@ -131,7 +153,7 @@ def curve_text(curve: Curve) -> str:
         verdict_ = "no size measures" if measurement.monotone else "NOT MONOTONE: a size measures"
         lines.append(
             f"{verdict_} better than the next larger one by more than {MOST_NOISE:g} standard errors of their "
-            f"difference"
+            "difference"
         )
     return "\n".join(lines)
 
@@ -234,10 +256,12 @@ def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
             "smallest_bytes": sizes[1],
         } | identity
     if isinstance(found, OpenedBundle):
-        manifest = found.manifest.to_dict()
+        manifest, verdict_ = found.manifest.to_dict(), verdict_of(found.folder.root)
         shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
         return {
             "kind": "bundle",
+            "valid": verdict_.valid,
+            "report": verdict_.words or "all checks passed",
             "files": len(manifest["files"]),
             "bytes": sum(entry["bytes"] for entry in manifest["files"]),
             "forms": forms_text(unit["form"] for unit in manifest["units"]),

@@ -83,7 +83,8 @@ def plan(arguments: argparse.Namespace) -> int:
         frontier = packager.frontier(arguments.map, **target)
     plan = frontier[0] if frontier else packager.plan(arguments.map, **target)
     if arguments.output:
-        packager.write_plan(plan, out=arguments.output)
+        inputs = [arguments.map, arguments.profile]
+        packager.write_plan(plan, out=arguments.output, force=arguments.force, inputs=inputs)
     if arguments.json:
         _print_json(plan.to_dict() | ({"frontier": render.frontier_dicts(frontier)} if frontier else {}))
     else:
@@ -97,10 +98,12 @@ def curve(arguments: argparse.Namespace) -> int:
     """Show what every size costs."""
     from packager.cli import render
     from packager.cli.plot import curve_picture, require_plot
-    from packager.io.files import write_bytes
+    from packager.io.outputs import require_file, write_output
 
     if arguments.output:
         require_plot(arguments.output)
+        inputs = [arguments.map, *([arguments.text] if arguments.text else [])]
+        require_file(arguments.output, force=arguments.force, inputs=inputs)
     with _progress(arguments) as progress:
         curve = packager.curve(
             arguments.map,
@@ -113,7 +116,7 @@ def curve(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.output:
-        write_bytes(arguments.output, curve_picture(curve, arguments.output.suffix))
+        write_output(arguments.output, curve_picture(curve, arguments.output.suffix))
     if arguments.json:
         _print_json(curve.to_dict())
     else:
@@ -160,6 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
         if unfit := [flag for flag in ("prompt", "raw", "json") if getattr(arguments, flag)]:
             raise UsageError(f"--chat: not together with --{unfit[0]}")
         conversation = packager.chat(arguments.bundle, system=arguments.system, tokens=arguments.tokens, **sampling)
+        _warn_of_report(arguments)
         talk(conversation, quiet=arguments.quiet)
         return 0
     from packager.cli.prompt import prompt_of
@@ -173,11 +177,13 @@ def run(arguments: argparse.Namespace) -> int:
         system=arguments.system,
         **sampling,
     )
+    valid = _warn_of_report(arguments)
     if arguments.json:
         text = "".join(answer)
         counts = {"prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens}
         speed = round(answer.tokens_per_second, 2)
-        _print_json({"prompt": prompt, "text": text, "tokens_per_second": speed} | counts)
+        found = {"prompt": prompt, "text": text, "tokens_per_second": speed, "valid": valid}
+        _print_json(found | counts)
         return 0
     for piece in answer:
         print(piece, end="", flush=True)
@@ -189,6 +195,16 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _warn_of_report(arguments: argparse.Namespace) -> bool | None:
+    """Say so where a bundle, which was opened by now, is not known to be valid; whether it is."""
+    from packager.validation.report import verdict_of
+
+    verdict = verdict_of(arguments.bundle)
+    if verdict.words:
+        print(f"packager: warning: {verdict.words}", file=sys.stderr)
+    return verdict.valid
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -272,6 +288,10 @@ def _target(arguments: argparse.Namespace) -> dict[str, Any]:
         "budget": arguments.budget,
         "context": arguments.context,
         "kv_cache": arguments.kv_cache,
+        "max_rise": arguments.max_rise,
+        "file_size": arguments.file_size,
+        "ratio": arguments.ratio,
+        "fill": arguments.fill,
     }
 
 

@@ -46,6 +46,7 @@ NOT_OF_THE_DEVICE = {
     "kv_element_bytes": "is of the graph, not of a device",
     "distinct_factor": "is of texts, not of a device",
     "distinct_exponent": "is of texts, not of a device",
+    "margin_bytes": "is of how the libraries come to lie in the page cache, which changes on one device",
 }
 """Coefficients that a calibration leaves alone, and why."""
 

@@ -16,13 +16,14 @@ from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, form_nodes, has_kernels, parse_form
 from packager.io.files import read_json, sha256_json
-from packager.io.records import from_plain
+from packager.io.records import Amount, Count, Dimension, Positive, from_plain
 from packager.memory.geometry import Geometry
 from packager.memory.model import MemoryEstimate, estimate, looked_up_bytes, resident_bytes
 from packager.planning import contexts, kv_cache_choice
 from packager.planning.predicted_memory import PredictedMemory, predicted_memory
 from packager.planning.shortfall import explain
-from packager.planning.solver import Solution, solve, total_bytes, total_loss
+from packager.planning.solver import Solution, choice_at, solve, total_bytes, total_loss
+from packager.planning.target import Missed, Sizes, Target, out_of_reach
 from packager.profile import (
     AUTO,
     FLOAT,
@@ -41,6 +42,7 @@ from packager.sizes import format_size
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"
+NO_TARGET = Target()
 NO_DEVICE = "laptop-16gb"
 """The profile that stands where no device is named, as for a curve of file sizes: its graphs run on any CPU, and it
 bounds nothing."""
@@ -52,26 +54,32 @@ class Plan:
 
     `ratio` is file bytes over the bytes of the float16 model. `memory` is the predicted peak, item by item. `cache` is
     float or int8, of which `cache_nats` is the share of `loss_nats`; `cache_note` says what stood against it.
+    `margin_bytes` are kept free beside the predicted peak, since nothing is measured. `bound` says which of the
+    target's bounds the size met, empty in plans of versions that had but one; `allowed_bytes` of weights would have
+    kept them all.
     """
 
     schema: int
     map_sha256: str
     profile: str
     profile_sha256: str
-    budget_bytes: int
-    context_tokens: int
-    prompt_tokens: int
+    budget_bytes: Positive
+    context_tokens: Dimension
+    prompt_tokens: Dimension
     choices: dict[str, str]
-    prefix: int
-    moves: int
-    file_bytes: int
-    ratio: float
+    prefix: Count
+    moves: Count
+    file_bytes: Count
+    ratio: Amount
     loss_nats: float
-    peak_bytes: int
+    peak_bytes: Count
     memory: PredictedMemory
     cache: str = FLOAT
     cache_nats: float = 0.0
     cache_note: str = ""
+    margin_bytes: int = 0
+    bound: str = ""
+    allowed_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `plan.json`."""
@@ -83,6 +91,14 @@ class Plan:
         if data.get("schema") != SCHEMA:
             raise ArtifactError(f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: plan again")
         return from_plain(cls, data, where)
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan of ours, of whatever version, that another may replace."""
+    try:
+        return {"schema", "map_sha256", "choices"} <= read_json(path).keys()
+    except ArtifactError:
+        return False
 
 
 def profile_hash(profile: DeviceProfile) -> str:
@@ -102,11 +118,14 @@ def make_plan(
     budget_bytes: int | None = None,
     context_tokens: int | None = None,
     reserve_bytes: int = 0,
+    margin_bytes: int = 0,
+    target: Target = NO_TARGET,
 ) -> Plan:
-    """The largest model of `opened` whose predicted peak, plus `reserve_bytes`, fits the budget on this device.
+    """The model of `opened` for a target: the smallest that is as good as the largest whose predicted peak, plus
+    `reserve_bytes` and `margin_bytes`, fits the budget on this device; see `Target` for other wishes.
 
-    Raises InfeasibleBudgetError, which says what is missing and what would fit, when even the smallest does not;
-    UsageError for a context longer than the model's or a budget above the device's memory.
+    Raises InfeasibleBudgetError, which says what is missing and what would fit, when even the smallest does not fit or
+    keeps no other bound; UsageError for a context longer than the model's or a budget above the device's memory.
     """
     budget = profile.budget_bytes if budget_bytes is None else budget_bytes
     context = bounded_context(opened, profile, context_tokens)
@@ -120,14 +139,32 @@ def make_plan(
 
     view = reweighed(runnable(opened.scoremap, profile), weigh)
     needed = _estimator(opened.geometry, view, profile, context)
-    solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes <= budget)
+    solution = solve(view, lambda choice: needed(choice).peak_bytes + reserve_bytes + margin_bytes <= budget)
     if solution is None:
-        raise _infeasible(opened, profile, budget, context, reserve_bytes)
-    return _plan(opened, view, solution, needed(solution.choice), profile, budget, context)
+        raise _infeasible(opened, profile, budget, context, reserve_bytes, margin_bytes)
+    sizes = Sizes(opened, view, profile.provider, context, target)
+
+    def nats(choice: Sequence[int]) -> float:
+        return _nats(opened, view, choice)
+
+    def minimum(prefix: int) -> int:
+        return needed(choice_at(view, prefix)).peak_bytes + reserve_bytes + margin_bytes
+
+    found = sizes.choose(solution, nats)
+    if isinstance(found, Missed):
+        raise out_of_reach(view, target, found, nats, budget, minimum)
+    plan = _plan(opened, view, found.solution, needed(found.solution.choice), profile, budget, context)
+    return replace(plan, margin_bytes=margin_bytes, bound=found.bound, allowed_bytes=found.allowed_bytes)
 
 
 def context_frontier(
-    opened: OpenedMap, profile: DeviceProfile, *, budget_bytes: int | None = None, reserve_bytes: int = 0
+    opened: OpenedMap,
+    profile: DeviceProfile,
+    *,
+    budget_bytes: int | None = None,
+    reserve_bytes: int = 0,
+    margin_bytes: int = 0,
+    target: Target = NO_TARGET,
 ) -> tuple[Plan, ...]:
     """What the budget can be spent on: plans of ever longer context at ever higher predicted loss, none of them
     dominated.
@@ -140,12 +177,29 @@ def context_frontier(
     least = min(profile.minimum_context_tokens, most)
 
     def planned(tokens: int) -> Plan:
-        return make_plan(opened, profile, budget_bytes=budget, context_tokens=tokens, reserve_bytes=reserve_bytes)
+        return make_plan(
+            opened,
+            profile,
+            budget_bytes=budget,
+            context_tokens=tokens,
+            reserve_bytes=reserve_bytes,
+            margin_bytes=margin_bytes,
+            target=target,
+        )
+
+    def fits(tokens: int) -> bool:
+        if smallest_memory(opened, profile, tokens).peak_bytes + reserve_bytes + margin_bytes > budget:
+            return False
+        if target.max_rise_nats is None and not target.bounds_files:
+            return True
+        try:
+            planned(tokens)
+        except InfeasibleBudgetError:
+            return False
+        return True
 
     first = planned(least)
-    longest = contexts.longest(
-        lambda tokens: smallest_memory(opened, profile, tokens).peak_bytes + reserve_bytes <= budget, least, most
-    )
+    longest = contexts.longest(fits, least, most)
     plans = [first, *(planned(tokens) for tokens in contexts.steps(least, longest or least)[1:])]
     return undominated(plans)
 
@@ -175,12 +229,18 @@ Planned = TypeVar("Planned")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """What to build for: a profile, with budget, context and cache overridden where given; AUTO trades context for
-    weights."""
+    weights. `margin_bytes` are kept free beside the prediction, and `target` may bound more than memory."""
 
     profile: DeviceProfile
     budget_bytes: int | None = None
     context_tokens: int | Literal["auto"] | None = None
     cache: str | None = None
+    margin_bytes: int = 0
+    target: Target = NO_TARGET
+
+    def unmeasured(self) -> Request:
+        """The same where nothing will be measured: with the device's margin."""
+        return replace(self, margin_bytes=self.profile.coefficients.margin_bytes)
 
     @property
     def wanted_tokens(self) -> int:
@@ -191,7 +251,14 @@ class Request:
         """What there is to choose from where the context is AUTO, with any cache on offer; `plan` takes the first."""
 
         def planned(view: OpenedMap) -> tuple[Plan, ...]:
-            return context_frontier(view, self.profile, budget_bytes=self.budget_bytes, reserve_bytes=reserve_bytes)
+            return context_frontier(
+                view,
+                self.profile,
+                budget_bytes=self.budget_bytes,
+                reserve_bytes=reserve_bytes,
+                margin_bytes=self.margin_bytes,
+                target=self.target,
+            )
 
         found, _, note = self._tried(opened, planned)
         plans = [replace(plan, cache_note=note) for plan in itertools.chain(*found)]
@@ -205,10 +272,17 @@ class Request:
 
         def planned(view: OpenedMap) -> Plan:
             return make_plan(
-                view, self.profile, budget_bytes=self.budget_bytes, context_tokens=context, reserve_bytes=reserve_bytes
+                view,
+                self.profile,
+                budget_bytes=self.budget_bytes,
+                context_tokens=context,
+                reserve_bytes=reserve_bytes,
+                margin_bytes=self.margin_bytes,
+                target=self.target,
             )
 
-        return chosen(*self._tried(opened, planned))
+        found, kinds, note = self._tried(opened, planned)
+        return chosen(found, kinds, note, smallest=self.target.max_rise_nats is not None)
 
     def _tried(
         self, opened: OpenedMap, planned: Callable[[OpenedMap], Planned]
@@ -231,9 +305,10 @@ class Request:
         return found, kinds, note
 
 
-def chosen(plans: Sequence[Plan], kinds: Sequence[str], note: str = "") -> Plan:
-    """The plan of the least predicted loss, the first of equals, saying what stood against it; `kinds` were tried."""
-    best = min(plans, key=lambda plan: plan.loss_nats)
+def chosen(plans: Sequence[Plan], kinds: Sequence[str], note: str = "", *, smallest: bool = False) -> Plan:
+    """The plan of the least predicted loss or, where all are good enough, of the least memory; the first of equals,
+    saying what stood against it. `kinds` were tried."""
+    best = min(plans, key=lambda plan: plan.peak_bytes if smallest else plan.loss_nats)
     others = [
         f"with a {plan.cache} cache the loss would be +{plan.loss_nats:.4f}" for plan in plans if plan is not best
     ]
@@ -267,7 +342,7 @@ def bounded_context(opened: OpenedMap, profile: DeviceProfile, context_tokens: i
     if not LEAST_CONTEXT_TOKENS <= context_tokens <= longest:
         raise UsageError(
             f"context {context_tokens} tokens: expected at least {LEAST_CONTEXT_TOKENS} and at most {longest}, "
-            f"the model's own"
+            "the model's own"
         )
     return context_tokens
 
@@ -346,7 +421,7 @@ def _plan(
         moves=len(view.moves),
         file_bytes=file_bytes,
         ratio=file_bytes / opened.identity.model.float16_bytes,
-        loss_nats=predicted_nats(opened.anchors, total_loss(view, solution.choice)) + opened.cache_nats,
+        loss_nats=_nats(opened, view, solution.choice),
         peak_bytes=memory.peak_bytes,
         memory=predicted_memory(memory),
         cache=opened.cache,
@@ -354,8 +429,13 @@ def _plan(
     )
 
 
+def _nats(opened: OpenedMap, view: ScoreMap, choice: Sequence[int]) -> float:
+    """Predicted rise of the loss, in nats per token."""
+    return predicted_nats(opened.anchors, total_loss(view, choice)) + opened.cache_nats
+
+
 def _infeasible(
-    opened: OpenedMap, profile: DeviceProfile, budget: int, context: int, reserve: int
+    opened: OpenedMap, profile: DeviceProfile, budget: int, context: int, reserve: int, margin: int
 ) -> InfeasibleBudgetError:
     int8_left = opened.cache == FLOAT and INT8 in kv_cache_choice.offered(opened.identity, profile.provider, AUTO)[0]
     shortfall = explain(
@@ -364,6 +444,7 @@ def _infeasible(
         context_tokens=context,
         shortest_tokens=LEAST_CONTEXT_TOKENS,
         reserve_bytes=reserve,
+        margin_bytes=margin,
         smallest=lambda device, tokens: smallest_memory(opened, device, tokens),
         others=[load_profile(name) for name in shipped_profiles()],
         coded=(lambda device, tokens: smallest_memory(opened.with_cache(INT8), device, tokens)) if int8_left else None,

@@ -19,6 +19,7 @@ Smallest = Callable[[DeviceProfile, int], MemoryEstimate]
 """Memory of the smallest model of a map on a device at a context. ArtifactError where the device runs none of the map's
 forms."""
 
+MARGIN_TEXT = "margin, since nothing is measured"
 _BAR = 40
 _NAMES = 28  # columns for the names of the terms, at least
 _MIB = 1 << 20
@@ -56,6 +57,7 @@ class Shortfall:
     phase: str
     terms: tuple[Term, ...]
     remedies: tuple[Remedy, ...]
+    margin_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, bytes throughout."""
@@ -90,6 +92,8 @@ class Shortfall:
             f"{format_size(item.budget_bytes)}"
             for item in self.remedies
         ]
+        if self.margin_bytes > 0 and self.minimum_bytes - self.margin_bytes <= self.budget_bytes:
+            lines.append(within_error_text(self.margin_bytes) + "; a build that validates measures and keeps no margin")
         if self.remedies and not any(item.arguments.startswith("--context") for item in self.remedies):
             lines.append("no context is short enough for this budget")
         return "\n".join(lines)
@@ -98,6 +102,14 @@ class Shortfall:
         """From `start` to `end` bytes on one scale for all terms: what lies beyond the budget is hatched."""
         first, last, limit = (round(_BAR * max(0, at) / self.minimum_bytes) for at in (start, end, self.budget_bytes))
         return " " * first + "".join("█" if at < limit else "▒" for at in range(first, last))
+
+
+def within_error_text(margin_bytes: int) -> str:
+    """What to say of a budget that is nearer to the smallest model's need than predictions are exact."""
+    return (
+        f"the budget is within the prediction's error ({format_size(margin_bytes)}) of the smallest model's need: it "
+        "may turn out too little"
+    )
 
 
 def explain(
@@ -109,6 +121,7 @@ def explain(
     reserve_bytes: int,
     smallest: Smallest,
     others: Sequence[DeviceProfile],
+    margin_bytes: int = 0,
     coded: Smallest | None = None,
 ) -> Shortfall:
     """What is missing at `context_tokens`, and what would do: a context down to `shortest_tokens`, a cache of 8-bit
@@ -119,6 +132,9 @@ def explain(
     items = [(item.name, item.bytes) for item in estimate.items]
     if reserve_bytes:
         items.append(("measured above the prediction before", reserve_bytes))
+    if margin_bytes:
+        items.append((MARGIN_TEXT, margin_bytes))
+    spare = reserve_bytes + margin_bytes
     terms, start = [], 0
     for name, size in items:
         beyond = max(0, start + size - budget_bytes) - max(0, start - budget_bytes)
@@ -126,7 +142,7 @@ def explain(
         start += size
 
     def needed(tokens: int) -> int:
-        return smallest(profile, tokens).peak_bytes + reserve_bytes
+        return smallest(profile, tokens).peak_bytes + spare
 
     remedies = []
     shorter = contexts.longest(lambda tokens: needed(tokens) <= budget_bytes, shortest_tokens, context_tokens - 1)
@@ -139,7 +155,7 @@ def explain(
                 budget_bytes=budget_bytes,
             )
         )
-    if coded is not None and (peak := coded(profile, context_tokens).peak_bytes + reserve_bytes) <= budget_bytes:
+    if coded is not None and (peak := coded(profile, context_tokens).peak_bytes + spare) <= budget_bytes:
         remedies.append(
             Remedy(
                 arguments="--kv-cache int8",
@@ -158,7 +174,7 @@ def explain(
                 budget_bytes=enough,
             )
         )
-    remedies += _next_profile(profile, context_tokens, smallest, others)
+    remedies += _next_profile(profile, context_tokens, smallest, others, margin_bytes)
     return Shortfall(
         profile=profile.name,
         budget_bytes=budget_bytes,
@@ -167,11 +183,16 @@ def explain(
         phase=estimate.peak_phase,
         terms=tuple(terms),
         remedies=tuple(remedies),
+        margin_bytes=margin_bytes,
     )
 
 
 def _next_profile(
-    profile: DeviceProfile, context_tokens: int, smallest: Smallest, others: Sequence[DeviceProfile]
+    profile: DeviceProfile,
+    context_tokens: int,
+    smallest: Smallest,
+    others: Sequence[DeviceProfile],
+    margin_bytes: int,
 ) -> list[Remedy]:
     """The device of the least budget, its own, in which the smallest model fits at the same context; none or one.
 
@@ -181,7 +202,7 @@ def _next_profile(
         if other.name == profile.name or other.provider != profile.provider or not set(profile.bits) <= set(other.bits):
             continue
         try:
-            peak = smallest(other, context_tokens).peak_bytes
+            peak = smallest(other, context_tokens).peak_bytes + margin_bytes
         except ArtifactError:  # none of the map's forms runs there
             continue
         if peak <= other.budget_bytes:

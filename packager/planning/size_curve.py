@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from packager.errors import InfeasibleBudgetError, UsageError
 from packager.planning.plan import Plan, Request, plan_file_bytes, runnable
 from packager.planning.solver import choice_at, total_bytes
+from packager.planning.target import Target
 from packager.profile import DeviceProfile
 from packager.scoremap.opening import OpenedMap
 
@@ -127,7 +128,7 @@ def _by_peak(opened: OpenedMap, request: Request, count: int) -> Iterator[tuple[
     """From the least budget that the map fits to the most that it can use of the device's memory."""
 
     def plan(budget: int) -> Plan:
-        return replace(request, budget_bytes=budget).plan(opened)
+        return replace(request, budget_bytes=budget, target=Target(fill=True)).plan(opened)
 
     largest = plan(request.profile.memory_bytes)
     try:
@@ -177,8 +178,8 @@ def measured_curve(curve: Curve, text: str, source: Nats, losses: Mapping[int, N
     """
     points, larger, monotone = list(curve.points), None, True
     for position in sorted(losses, reverse=True):
-        rise = _blocks(losses[position] - source)
-        step = _blocks(losses[position] - larger) if larger is not None else None
+        rise = blocks(losses[position] - source)
+        step = blocks(losses[position] - larger) if larger is not None else None
         measured = Measured(
             rise_nats=float((losses[position] - source).mean()),
             noise_nats=standard_error(rise),
@@ -194,8 +195,8 @@ def measured_curve(curve: Curve, text: str, source: Nats, losses: Mapping[int, N
     return replace(curve, points=tuple(points), measurement=measurement)
 
 
-def _blocks(differences: Nats) -> Nats:
-    """Means of whole blocks of tokens, in a row; of halves where there is but one."""
+def blocks(differences: Nats) -> Nats:
+    """Means of whole blocks of 64 tokens, in a row, of any differences in nats; of halves where there is but one."""
     flat = differences.reshape(-1)
     width = min(_BLOCK_TOKENS, len(flat) // 2)
     means: Nats = flat[: len(flat) // width * width].reshape(-1, width).mean(axis=1)

@@ -85,7 +85,7 @@ class Speaker:
         if len(ids) >= self.context_tokens:
             raise RuntimeCheckError(
                 f"the prompt has {len(ids)} tokens, the bundle's context is {self.context_tokens}: shorten the prompt "
-                f"or pack with a longer --context"
+                "or pack with a longer --context"
             )
         return Answer(self._pieces(ids, min(self.context_tokens, len(ids) + most_tokens)), len(ids))
 

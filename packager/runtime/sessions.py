@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from packager.errors import RuntimeCheckError
 from packager.graph.kv_cache_codes import widen_caches
+from packager.graph.names import CACHE_PREFIX
 
 _PRUNE = "/lm_head/prune/Gather"
 _UNSQUEEZE = "/lm_head/prune/Unsqueeze"
@@ -52,9 +53,13 @@ def run_window(
         elif value.name == "attention_mask":
             feeds[value.name] = np.ones((1, len(window)), np.int64)
         elif value.name == "position_ids":
-            feeds[value.name] = np.arange(len(window), dtype=np.int64)[None]
+            positions = np.arange(len(window), dtype=np.int64)[None]
+            # Text has the same position thrice where a model counts pictures in rows and columns beside it.
+            feeds[value.name] = positions if len(value.shape) == 2 else np.stack([positions] * value.shape[0])
         else:
-            shape = [1, value.shape[1], 0, value.shape[3] if isinstance(value.shape[3], int) else cache_width]
+            shape = [1, *value.shape[1:]]
+            if value.name.startswith(CACHE_PREFIX):  # others are states of convolutions and linear attention
+                shape[2:] = [0, shape[3] if isinstance(shape[3], int) else cache_width]
             feeds[value.name] = np.zeros(
                 shape, {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[value.type]
             )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from pathlib import Path
 
 from packager import __version__
-from packager.bundle.manifest import Manifest
+from packager.bundle.folder import BundleFolder
+from packager.bundle.manifest import Manifest, parse_manifest
+from packager.io.files import dump_json, read_json, write_text
 from packager.sizes import format_size
 from packager.validation.advice import columns, size_or_dash, verdict_lines
 from packager.validation.report import ValidationReport, round_text, verdict
@@ -41,6 +44,14 @@ padding:.5rem 0}.checks th,.checks td{display:block;border:0;padding:0}
 .checks td[data-is]::before{content:attr(data-is) " ";color:var(--soft)}}
 @media print{body{max-width:none;padding:0;font-size:11pt}tr,dl div{break-inside:avoid}h2{break-after:avoid}}
 """
+
+
+def write_report(report: ValidationReport, root: Path) -> None:
+    """`report.json` and `report.html` into the bundle in folder `root`, whose manifest is there."""
+    folder = BundleFolder(root=root)
+    manifest = parse_manifest(read_json(folder.manifest), str(folder.manifest))
+    write_text(folder.report, dump_json(report.to_dict()))
+    write_text(folder.report_page, report_page(report, manifest))
 
 
 def report_page(report: ValidationReport, manifest: Manifest) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from packager.errors import InfeasibleBudgetError
 from packager.planning.contexts import longest, steps, undominated
 from packager.planning.plan import Request, context_frontier, make_plan, smallest_memory
+from packager.planning.target import Target
 from packager.profile import AUTO, DeviceProfile, parse_profile
 from packager.scoremap.opening import OpenedMap, open_map
 
@@ -103,7 +104,7 @@ def test_a_frontier_trades_loss_for_context_within_the_budget(
 
 def test_context_that_costs_nothing_is_taken(loaded: OpenedMap) -> None:
     """With room for the whole model there is nothing to trade."""
-    (plan,) = context_frontier(loaded, device(33))
+    (plan,) = context_frontier(loaded, device(33), target=Target(fill=True))
     assert (plan.context_tokens, plan.prefix) == (1024, 0)
 
 

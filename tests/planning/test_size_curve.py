@@ -17,6 +17,7 @@ from packager.errors import InfeasibleBudgetError, UsageError
 from packager.forms.registry import has_kernels, parse_form
 from packager.planning.plan import Request
 from packager.planning.size_curve import BY_PEAK, Curve, SizePoint, evenly, measured_curve, predict, standard_error
+from packager.planning.target import Target
 from packager.profile import load_profile
 from packager.scoremap.opening import OpenedMap, open_map
 
@@ -63,7 +64,8 @@ def test_peak_sizes_go_from_the_least_budget_to_what_the_map_can_use(loaded: Ope
     curve, plans = predict(loaded, request, 9, by_peak=True)
     assert curve.bounded == BY_PEAK
     assert all(point.peak_bytes <= point.limit_bytes <= request.profile.memory_bytes for point in curve.points)
-    assert plans[-1].choices == replace(request, budget_bytes=request.profile.memory_bytes).plan(loaded).choices
+    whole = replace(request, budget_bytes=request.profile.memory_bytes, target=Target(fill=True))
+    assert plans[-1].choices == whole.plan(loaded).choices
     assert curve.points[0].peak_bytes == curve.points[0].limit_bytes
     with pytest.raises(InfeasibleBudgetError):
         replace(request, budget_bytes=curve.points[0].limit_bytes - 1).plan(loaded)
