@@ -472,7 +472,8 @@ def linked(folder: Path, blobs: Path) -> None:
 
 def test_a_bundle_of_links_as_in_a_hubs_cache_is_one(bundle_copy: Path, tmp_path: Path) -> None:
     linked(bundle_copy, tmp_path / "blobs")
-    (bundle_copy / ".gitattributes").symlink_to(tmp_path / "blobs")
+    (tmp_path / "blobs" / "attributes").write_text("*.onnx_data filter=lfs")
+    (bundle_copy / ".gitattributes").symlink_to(tmp_path / "blobs" / "attributes")
     assert succeed("run", bundle_copy, "--prompt", "the", "--tokens", 2).out
     done = subprocess.run([sys.executable, "-I", bundle_copy / "check.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -515,7 +516,8 @@ def resign(bundle: Path) -> None:
     listed = {}
     if "files" in manifest:
         manifest["bundle_sha256"] = packager.io.files.sha256_json(manifest["files"])
-        listed = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+        files = manifest["files"] if isinstance(manifest["files"], list) else []
+        listed = {entry["path"]: entry["sha256"] for entry in files if isinstance(entry, dict)}
     write_json(path, manifest)
     listed["packager.json"] = packager.io.files.sha256_file(path)
     (bundle / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in listed.items()))
@@ -992,12 +994,12 @@ def test_a_plan_is_written_over_a_plan_and_over_nothing_else(
 def test_what_cannot_be_kept_of_a_validation_is_said_and_the_verdict_stands(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import packager.validation.report
+    import packager.validation.report_page
 
     def read_only(*arguments: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(bundle_copy / "report.json"))
 
-    monkeypatch.setattr(packager.validation.report, "write_text", read_only)
+    monkeypatch.setattr(packager.validation.report_page, "write_text", read_only)
     done = packager_("validate", bundle_copy, "--json")
     assert done.json["passed"] is (done.code == 0)
     last = done.err.splitlines()[-1]
