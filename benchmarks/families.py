@@ -73,6 +73,7 @@ _AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "mamba_d_head": 64,
     },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
 }
 
 
@@ -94,9 +95,9 @@ def judged(model_type: str, architecture: str) -> tuple[str, float | None]:
 
     plain = {"model_type": model_type, "architectures": [architecture]}
     try:
-        identity = identify(plain)
-        refuse_unless_language_model("MODEL", identity)
+        refuse_unless_language_model("MODEL", identify(plain))
         config = pico(model_type, architecture)
+        refuse_unless_language_model("MODEL", identify(config.to_dict()))
         on_meta("MODEL", config)
         return "", max(check_graph(config).errors.values())
     except PackagerError as error:

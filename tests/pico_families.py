@@ -66,7 +66,7 @@ FAMILIES: dict[str, tuple[type[Any], Callable[[], PretrainedConfig]]] = {
     "lfm2": (
         Lfm2ForCausalLM,
         lambda: Lfm2Config(
-            **(SHAPE | {"num_hidden_layers": 3}),
+            **(SHAPE | {"num_hidden_layers": 3, "hidden_size": 64}),
             layer_types=["conv", "full_attention", "conv"],
             block_multiple_of=8,
         ),

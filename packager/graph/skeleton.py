@@ -96,6 +96,7 @@ def export_skeleton(
     working = _readable(config)
     working.architectures = [architecture]
     model = meta_model(config, vectors)
+    _refuse_second_head(model)
     with scratch_folder() as folder:
         # The exporter reads generation settings from the folder the config says it came from.
         scratch = str(folder)
@@ -154,6 +155,18 @@ def export_skeleton(
     ir.save(graph_model, out / GRAPH_FILE)
     write_text(out / GENAI_FILE, json.dumps(genai, indent=2, sort_keys=True))
     return matrices, len(graph_model.graph)
+
+
+def _refuse_second_head(model: torch.nn.Module) -> None:
+    """UnsupportedModelError where a layer has as many outputs as there are tokens: the exporter takes it for the head,
+    and its graph is wrong without a word."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head and module.out_features == head.out_features:
+            raise UnsupportedModelError(
+                f"layer {name} of {type(model).__name__} has {module.out_features} outputs, one for each token: "
+                "the exporter takes it for the head, so this model cannot be packed"
+            )
 
 
 def _described(config: PretrainedConfig) -> str:
@@ -290,7 +303,7 @@ def _fix_rotary_tables(graph_model: ir.Model, model: torch.nn.Module, config: Pr
     }
     if not owners or not tables:
         return
-    rotary: Any = type(owners[0])(config=config)
+    rotary: Any = type(owners[0])(config=config.get_text_config())
     kinds = {"_local": ("sliding_attention",), "_global": ("full_attention",)}
     for name, value in tables.items():
         table = value.const_value

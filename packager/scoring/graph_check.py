@@ -155,6 +155,10 @@ def _reduced(plain: dict[str, Any]) -> dict[str, Any]:
     for layer in range(layers):
         kinds.setdefault(json.dumps([value[layer] for value in listed.values()]), layer)
     chosen = sorted(kinds.values())
+    # Exporters end a graph in their own way (rows of all tokens but the last are dropped), so the last layer's kind
+    # must be the last here too.
+    if kinds and kinds[json.dumps([value[-1] for value in listed.values()])] != chosen[-1]:
+        chosen.append(layers - 1)
     chosen += [layer for layer in range(layers) if layer not in chosen][: max(0, 2 - len(chosen))]
     longest = int(plain.get("max_position_embeddings") or 0)
     made_for = max((length for length in _values(plain, _MADE_FOR) if length < longest), default=0)

@@ -3,6 +3,7 @@ second."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from transformers import CONFIG_MAPPING, OlmoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packager.errors import UnsupportedModelError
-from packager.graph.skeleton import DRAWN_AS
-from packager.scoring.graph_check import LIMIT_ERROR, check_graph, reduced, thresholds
+from packager.graph.skeleton import DRAWN_AS, export_skeleton
+from packager.scoring.graph_check import LIMIT_ERROR, check_graph, random_model, reduced, thresholds
+from packager.source.checkpoint import vectors
 
 THETA = 10000.0
 KEPT = ("model_type", "rope_parameters", "architectures", "tie_word_embeddings")
@@ -122,4 +124,40 @@ def test_the_reduced_model_keeps_one_layer_of_each_kind() -> None:
     config = config_of("gemma3", num_hidden_layers=8, layer_types=["sliding_attention"] * 5 + ["full_attention"] * 3)
     small = reduced(config)
     assert small.layer_types == ["sliding_attention", "full_attention"]
+    last = reduced(config_of("lfm2"))
+    assert last.layer_types == ["conv", "full_attention", "conv"], "the last layer's kind is last"
     assert (small.num_hidden_layers, small.hidden_size, small.head_dim) == (2, 64, 16)
+
+
+def test_a_layer_that_the_exporter_takes_for_the_head_is_refused() -> None:
+    config = config_of("lfm2")
+    config.architectures = ["Lfm2ForCausalLM"]
+    config.vocab_size = 3 * config.hidden_size
+    model = random_model(config)
+    with pytest.raises(
+        UnsupportedModelError, match=r"^layer model\.layers\.0\.conv\.in_proj of Lfm2ForCausalLM has 192"
+    ):
+        export_skeleton(config, dict(vectors(model)), "cpu", Path("never"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "granite hybrid",
+            {"layer_types": ["linear_attention"] * 2},
+            r"cannot draw Granite\w+, whose layers are of the",
+        ),
+        (
+            "llama",
+            {"hidden_size": "wide"},
+            r"^no small model like LlamaForCausalLM can be made to check its graph with",
+        ),
+    ],
+)
+def test_what_cannot_be_made_or_drawn_is_refused_in_words(name: str, changes: dict[str, Any], message: str) -> None:
+    config = config_of(name)
+    for key, value in changes.items():
+        object.__setattr__(config, key, value)
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_graph(config)
