@@ -299,7 +299,7 @@ def provider_faults(value: Any) -> bool:
     return False
 
 
-def refuse_settings(root: Path, context_tokens: int) -> None:
+def refuse_settings(root: Path, context_tokens: int, provider: str) -> None:
     """RefusedError for a setting of the runtime, the tokenizer or the model that is not on the list of those that a
     bundle may have."""
     where = root / "genai_config.json"
@@ -316,6 +316,9 @@ def refuse_settings(root: Path, context_tokens: int) -> None:
                 f"{where}: {name} is {shown(found)}: expected the manifest's context of {context_tokens} tokens: "
                 f"{NO_LOAD}"
             )
+    asked = model["decoder"].get("session_options", {}).get("provider_options", [])
+    if others := {name for options in asked for name in options if name.lower() != provider}:
+        raise RefusedError(f"{where} asks for provider {shown(min(others))}: expected {shown(provider)}: {NO_LOAD}")
     for name, rules in (("tokenizer_module.json", MODULE_RULES), (TEXT_FILE, TEXT_RULES)):
         if (path := root / name).exists():
             refuse_unlisted(read_object(path), rules, str(path))
@@ -508,7 +511,7 @@ def refuse_untrusted(root: Path, manifest: dict[str, Any]) -> None:
     `manifest` is packager.json, whose files were found to have their hashes. Nothing is loaded or run to tell.
     """
     refuse_unsummed(root, manifest)
-    refuse_settings(root, manifest["bounds"]["context_tokens"])
+    refuse_settings(root, manifest["bounds"]["context_tokens"], str(manifest["bounds"].get("provider")))
     refuse_graph(root)
 
 
