@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 import packager.graph.surgery
 import packager.io.files
 import packager.io.safetensors_ranges
+from packager.bundle.folder import UNLISTED
 from packager.cli.command import main
 from packager.cli.progress_bars import Bars
 from packager.io.safetensors_ranges import read_header
@@ -482,9 +483,10 @@ def resign(bundle: Path) -> None:
     if "files" in manifest:
         manifest["bundle_sha256"] = packager.io.files.sha256_json(manifest["files"])
     write_json(path, manifest)
-    sums = [line for line in (bundle / "SHA256SUMS").read_text().splitlines() if not line.endswith("  packager.json")]
+    listed = [file for file in sorted(bundle.rglob("*")) if file.is_file()]
+    names = {file.relative_to(bundle).as_posix(): packager.io.files.sha256_file(file) for file in listed}
     (bundle / "SHA256SUMS").write_text(
-        "".join(f"{line}\n" for line in [*sums, f"{packager.io.files.sha256_file(path)}  packager.json"])
+        "".join(f"{digest}  {name}\n" for name, digest in names.items() if name not in UNLISTED - {"packager.json"})
     )
 
 
@@ -629,7 +631,17 @@ def test_wrong_weights_fail_validation(bundle_copy: Path) -> None:
 
 
 def with_budget(bundle: Path, budget: int) -> Path:
-    edited(lambda manifest: manifest["bounds"].update(budget_bytes=budget), bundle / "packager.json")
+    edited(lambda plan: plan.update(budget_bytes=budget), bundle / "plan.json")
+    plan = bundle / "plan.json"
+
+    def admit(manifest: Any) -> None:
+        manifest["bounds"].update(budget_bytes=budget)
+        manifest.update(plan_sha256=packager.io.files.sha256_file(plan))
+        for entry in manifest["files"]:
+            if entry["path"] == "plan.json":
+                entry.update(bytes=plan.stat().st_size, sha256=packager.io.files.sha256_file(plan))
+
+    edited(admit, bundle / "packager.json")
     resign(bundle)
     return bundle
 
@@ -663,7 +675,8 @@ def test_a_limit_that_kills_is_reported_with_the_phase_reached(bundle_copy: Path
     done = packager_("validate", with_budget(bundle_copy, 24 * 2**20), "--json")
     assert done.code == 3, done.err
     assert re.fullmatch(
-        r"was killed at the memory limit \((cgroup v2|cgroup v1|systemd scope)\) in phase '(start|hashes|import|load)'",
+        r"was killed at the memory limit \((cgroup v2|cgroup v1|systemd scope)\) in phase "
+        r"'(start|hashes|template|import|load)'",
         acceptance(done)["value"],
     )
     assert done.json["measured"]["heldout_nats"] > 0  # what the runtime computes is still known
