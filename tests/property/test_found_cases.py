@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from all_readers import Reader, refused
+from all_readers import readers as readers  # a fixture
 from safetensors.numpy import load_file, save_file
 
 from packager.errors import PackagerError
 from packager.profile import load_profile
 from packager.scoremap.model import read_map
-from tests.property.conftest import Reader, refused
 
 HUGE, DEEP = "9" * 400, "[" * 3000 + "]" * 3000
 

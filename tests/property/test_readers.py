@@ -11,11 +11,11 @@ import random
 from collections import Counter
 
 import pytest
+from all_readers import Reader, refused
+from all_readers import readers as readers  # a fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from tests.property.conftest import Reader, refused
-from tests.property.mutations import damaged
+from mutations import damaged
 
 CASES = int(os.environ.get("FUZZ_CASES", "500"))
 COUNTS: Counter[str] = Counter()

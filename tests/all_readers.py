@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFWriter
+from signing import sign
 
 from packager.bundle.opening import open_bundle
 from packager.bundle.writer import Recipe, stage, write_manifest
@@ -32,7 +33,6 @@ from packager.source.model_folder import read_config
 from packager.source.stop_tokens import generation_settings
 from packager.source.text_files import fragments
 from packager.validation.report import earlier_rounds
-from tests.bundle.test_hostile import sign
 
 MOST_SECONDS = 10.0
 """Of one case. Far more than any needs, for machines that others compute on are slow at random."""
