@@ -5,6 +5,8 @@ Safetensors and GGUF only: a pickle can run code when it is read. `trust_remote_
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -83,12 +85,9 @@ class Checkpoint:
         A head in the file that differs from the embedding unties a configuration that ties them, as it does when
         transformers loads the model.
         """
-        kwargs: dict[str, Any] = {"gguf_file": self.files[0].name} if self.gguf else {}
         try:
             with quiet_transformers():
-                config = AutoConfig.from_pretrained(
-                    self.folder, trust_remote_code=False, local_files_only=True, **kwargs
-                )
+                config = _read_configuration(self.folder, self.files[0] if self.gguf else None)
         except Exception as error:  # a damaged file makes transformers raise anything
             raise UnsupportedModelError(
                 f"{self.source}: transformers cannot read its configuration: {one_line(error)}"
@@ -242,6 +241,25 @@ def on_meta(source: str, config: PretrainedConfig) -> torch.nn.Module:
                     "experts cannot be packed, give a model of attention, convolution and MLP layers"
                 )
     return model
+
+
+def _read_configuration(folder: Path, gguf: Path | None) -> PretrainedConfig:
+    """The configuration of a folder or of a GGUF file in it, of which transformers takes many seconds to read one."""
+    if gguf is None:
+        folder_config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        return folder_config
+    return copy.deepcopy(_gguf_configuration(gguf, gguf.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_configuration(file: Path, _: int) -> PretrainedConfig:
+    """Kept until the file changes: a score asks three times."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        file.parent, trust_remote_code=False, local_files_only=True, gguf_file=file.name
+    )
+    return config
 
 
 def open_checkpoint(source: str) -> Checkpoint:

@@ -553,22 +553,6 @@ def test_files_that_are_no_model(tmp_path: Path, name: str, said: str) -> None:
     assert said in refused(tmp_path / name)
 
 
-def test_convolutions_and_stacked_experts_are_named(tmp_path: Path, tokenizer: Any) -> None:
-    config = transformers.Lfm2Config(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    text = refused(tmp_path, UnsupportedModelError)
-    assert "model.layers.0.conv.conv.weight of Lfm2ForCausalLM is of shape (64, 1, 3)" in text
-
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_folder_of_links_is_named_after_its_repository(pico_copy: Path, tmp_path: Path, cached: bool) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
