@@ -115,7 +115,8 @@ def packed(model_type: str, architecture: str) -> str:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         text = folder / "text.txt"
-        text.write_text("\n".join(Path(__file__).with_name(name).read_text() for name in ("common.py", "families.py")))
+        pages = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("common.py", "families.py"))
+        text.write_text("\n".join(pages), encoding="utf-8")
         try:
             packager.score(folder / "model", out=folder / "it.map", calibration=[text], tokens=2048, quick=True)
             packager.build(

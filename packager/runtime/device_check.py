@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -782,6 +783,11 @@ def fill_context(og: Any, model: Any, text: Any, prompt_tokens: int, context_tok
     return speed, (ids, logits)
 
 
+def runtime_path(root: Path) -> str:
+    """`root` as the runtime takes it: a locale without UTF-8 reads other letters in a path as bytes."""
+    return os.fsencode(root).decode("utf-8", "surrogateescape")
+
+
 def rendered_chat(root: Path, prompt: str) -> tuple[str | None, str]:
     """What the bundle's chat template makes of `prompt`, and why it makes nothing of it.
 
@@ -801,16 +807,19 @@ def rendered_chat(root: Path, prompt: str) -> tuple[str | None, str]:
 
 def render(root: Path, prompt: str) -> None:
     """Write the rendered template to stdout: what the child of `rendered_chat` does."""
-    try:
-        import resource
+    if sys.platform != "win32":
+        # Whoever waits for this process may be gone before its time is up.
+        signal.alarm(RENDER_SECONDS)
+        try:
+            import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (RENDER_BYTES, RENDER_BYTES))
-    except (ImportError, OSError, ValueError):  # this system has no such limit
-        pass
+            resource.setrlimit(resource.RLIMIT_AS, (RENDER_BYTES, RENDER_BYTES))
+        except (ImportError, OSError, ValueError):  # this system has no such limit
+            pass
     import onnxruntime_genai as og
 
     turn = json.dumps([{"role": "user", "content": prompt}])
-    made = og.Tokenizer(str(root)).apply_chat_template(turn, add_generation_prompt=True)
+    made = og.Tokenizer(runtime_path(root)).apply_chat_template(turn, add_generation_prompt=True)
     sys.stdout.buffer.write(made.encode())
 
 
@@ -859,8 +868,7 @@ def run(root: Path, prompt: str, golden_path: Path, with_report: bool = True) ->
 
     phase("load")
     start = time.perf_counter()
-    # A locale without UTF-8 reads other letters in a path as bytes, which the runtime would not take.
-    model = og.Model(os.fsencode(root).decode("utf-8", "surrogateescape"))
+    model = og.Model(runtime_path(root))
     tokenizer = og.Tokenizer(model)
     load = time.perf_counter() - start
     bounds, rules = manifest["bounds"], text_rules(root)
