@@ -36,7 +36,7 @@ _ROUNDS = 3
 _MIB = 1 << 20
 _MARGIN_SHARE = 0.01
 """Of the budget, for what a limit counts beside the process's own pages; a process at its very limit crawls."""
-_UNUSED_SHARE = 0.05
+_UNUSED_SHARE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,7 @@ def test_every_check_has_advice_of_its_own(name: str) -> None:
 
 
 def test_there_are_as_many_checks_as_are_known() -> None:
-    assert len(every_name()) == 12
+    assert len(every_name()) == 13
 
 
 def test_a_check_that_is_not_known_has_the_general_advice() -> None:
