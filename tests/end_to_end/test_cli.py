@@ -189,7 +189,8 @@ def test_pack_does_it_all_and_keeps_its_map(
     written = (tmp_path / "pico-llama.map" / "map.json").stat().st_mtime_ns
     second = succeed(*arguments, "-o", tmp_path / "two.bundle", "--json", "--no-validate")
     assert (tmp_path / "pico-llama.map" / "map.json").stat().st_mtime_ns == written
-    assert second.json["plan"] == first.json["plan"]
+    assert (first.json["plan"]["margin_bytes"], second.json["plan"]["margin_bytes"]) == (0, 20 * 2**20)
+    assert second.json["plan"] | {"margin_bytes": 0} == first.json["plan"]
 
 
 def test_inspect_says_what_lies_there(maps: Callable[[str], Path], bundle: Path) -> None:
@@ -285,14 +286,18 @@ def test_argparse_errors_are_usage_errors(arguments: list[str]) -> None:
 def test_an_infeasible_budget_is_4_and_says_the_minimum(
     maps: Callable[[str], Path], profile: Path, tmp_path: Path
 ) -> None:
-    for verb, extra in (("plan", []), ("build", ["-o", tmp_path / "out.bundle"])):
+    bundle = ["-o", tmp_path / "out.bundle"]
+    minima = {}
+    for verb, *extra in (("plan",), ("build", *bundle), ("build", *bundle, "--no-validate")):
         done = packager_(verb, maps("llama"), "--profile", profile, "--budget", "100MiB", "--json", *extra)
         assert done.code == 4
         assert done.json["error"] == "InfeasibleBudgetError"
         assert done.json["budget_bytes"] == 100 * 2**20
         assert done.json["minimum_bytes"] > 128 * 2**20
         assert names(tmp_path) == []
-    minimum = done.json["minimum_bytes"]
+        minima[verb, len(extra)] = done.json["minimum_bytes"]
+    minimum = minima["plan", 0]
+    assert minima["build", 3] == minimum == minima["build", 2] + 20 * 2**20  # what is measured needs no margin
     assert packager_("plan", maps("llama"), "--profile", profile, "--budget", minimum).code == 0
     assert packager_("plan", maps("llama"), "--profile", profile, "--budget", minimum - 1).code == 4
 
@@ -552,10 +557,10 @@ def test_a_map_with_a_changed_file_makes_no_bundle(
     folder = shutil.copytree(maps("llama"), tmp_path / "copy.map")
     position = -5
     if file == "store.safetensors":
-        # The budget is ample: every unit stays float. Bytes that are not copied are not read.
+        # Filled, the budget is ample: every unit stays float. Bytes that are not copied are not read.
         position = next(tensor.region.offset for key, tensor in read_header(folder / file)[0].items() if "|f32|" in key)
     damage(folder / file, position)
-    done = packager_("build", folder, "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate")
+    done = packager_("build", folder, "--profile", profile, "-o", tmp_path / "out.bundle", "--no-validate", "--fill")
     assert done.code == 1
     assert names(tmp_path) == ["copy.map"]
 
