@@ -11,12 +11,13 @@ RUNTIME := onnxruntime
 OLDEST := onnxruntime==1.31.*
 OLDEST_VENV := .venv-oldest
 
-.PHONY: help demo test test-oldest lint check clean
+.PHONY: help demo test fuzz test-oldest lint check clean
 
 help:
 	@echo "make demo         pack a real 135M model for edge-box-256mb and show what was predicted and measured"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests on the oldest runtime that is allowed, in an environment of its own"
+	@echo "make fuzz         try FUZZ_CASES damaged files on every reader (10,000 unless said)"
 	@echo "make lint         format, lint and types"
 	@echo "make check        lint and test, as CI does"
 
@@ -43,6 +44,9 @@ demo: $(DEMO_STAMP)
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
+fuzz: $(DEV_STAMP)
+	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest -q tests/property/test_readers.py
+
 test-oldest:
 	$(MAKE) test VENV=$(OLDEST_VENV) RUNTIME="$(OLDEST)"
 
@@ -50,6 +54,8 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32
+	$(BIN)/mypy --platform darwin
 
 check: lint test
 

@@ -80,11 +80,11 @@ def ours(arguments: argparse.Namespace, limit: int, length: int, scratch: Path) 
 def llama_cpp(arguments: argparse.Namespace, length: int) -> list[Contestant]:
     """llama.cpp with each GGUF file, or a line that says why not."""
     python = arguments.llama_python
-    done = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, text=True)
+    done = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, encoding="utf-8")
     if done.returncode:
         print(
             f"llama.cpp skipped: {python} has no llama-cpp-python; pip install it into any environment and name its "
-            f"interpreter by --llama-python"
+            "interpreter by --llama-python"
         )
         return []
     try:
@@ -143,7 +143,7 @@ def main() -> None:
     length = prompt + arguments.new
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        (ids := scratch / "ids.json").write_text(json.dumps(tokens))
+        (ids := scratch / "ids.json").write_text(json.dumps(tokens), encoding="utf-8")
         stocks = stock(arguments, length, scratch)
         contestants = [
             *stocks,

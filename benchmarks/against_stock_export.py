@@ -36,7 +36,7 @@ def stock_export(model: Path, out: Path) -> Path:
     options = {"-i": model, "-o": out, "-p": "int4", "-e": "cpu", "-c": out / "cache"}
     words = [str(word) for option in options.items() for word in option]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"the exporter ended with status {done.returncode}: {done.stderr[-2000:]}")
     return out / "model.onnx"

@@ -141,7 +141,7 @@ class ProbeRun:
         numbers = (self.new, self.threads, self.max_length, self.chunk_size)
         # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
         command = [self.python, "-P", str(_PROBE), self.runtime, str(self.path), str(ids), *map(str, numbers)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | (environment or {}))
         if done.returncode:
             return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][-200:]
         figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

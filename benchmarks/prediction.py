@@ -144,7 +144,7 @@ def unseen_windows(checkpoint: Checkpoint, loaded: OpenedMap, paths: list[Path],
     if len(unseen) < count:
         raise SystemExit(
             f"the calibration text has only {len(unseen)} windows of {WINDOW} tokens that the map has not seen: ask "
-            f"for fewer with --windows"
+            "for fewer with --windows"
         )
     return unseen
 

@@ -68,11 +68,11 @@ def llama(
 
 def main() -> None:
     kind, model_path, ids_path, new, threads, max_length, chunk_size = sys.argv[1:]
-    ids = json.loads(Path(ids_path).read_text())
+    ids = json.loads(Path(ids_path).read_text(encoding="utf-8"))
     prefill, decode = {"genai": genai, "llama": llama}[kind](
         model_path, ids, int(new), int(threads), int(max_length), int(chunk_size)
     )
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     peak = next(int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:")
     figures = {
         "peak_bytes": peak,

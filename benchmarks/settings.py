@@ -72,7 +72,7 @@ def changed(bundle: BundleFolder, setting: Setting, folder: Path) -> None:
     decoder["session_options"] |= setting.session
     if setting.run:
         decoder["run_options"] = dict(setting.run)
-    BundleFolder(root=folder).genai_config.write_text(json.dumps(config))
+    BundleFolder(root=folder).genai_config.write_text(json.dumps(config), encoding="utf-8")
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float] | str]] = {name: [] for name in SETTINGS}
     with tempfile.TemporaryDirectory() as scratch:
         (ids := Path(scratch, "ids.json")).write_text(
-            json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist())
+            json.dumps(np.resize(text, bounds.context_tokens - arguments.new).tolist()), encoding="utf-8"
         )
         for number in range(arguments.repeats):
             for at, (name, setting) in enumerate(SETTINGS.items()):

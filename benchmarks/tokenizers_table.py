@@ -9,9 +9,9 @@ refused says with which words.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
+from common import make_parser
 from small_tokenizers import KINDS, TEMPLATES, VOCABULARY
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -42,9 +42,8 @@ def rows() -> Iterator[list[str]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="tokenizers_table.py"
-    ).parse_args()
+    parser = make_parser(__doc__)
+    parser.parse_args()
     print("| kind | like | alike | how |\n|---|---|---|---|")
     for cells in rows():
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from packager import errors as errors
     from packager.api.calls import build as build
     from packager.api.calls import calibrate_profile as calibrate_profile
+    from packager.api.calls import chat as chat
     from packager.api.calls import curve as curve
     from packager.api.calls import frontier as frontier
     from packager.api.calls import inspect as inspect
@@ -36,12 +37,13 @@ if TYPE_CHECKING:
     from packager.api.calls import write_plan as write_plan
     from packager.progress import Progress as Progress
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Progress",
     "__version__",
     "build",
     "calibrate_profile",
+    "chat",
     "curve",
     "errors",
     "frontier",

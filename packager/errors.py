@@ -8,6 +8,7 @@ PackagerError                   anything a user can act on; the command line pri
 ├── ModelError                  a source model cannot be read (missing, pickled, truncated, not finite)
 │   └── UnsupportedModelError   the architecture or a tensor has no place in the exported graph
 ├── CalibrationError            the calibration text is missing, empty or too short
+├── OutputError                 an output cannot be written: the place is full, read-only, or taken by another process
 ├── InfeasibleBudgetError       nothing the map offers fits (exit 4)
 ├── ExportError                 the graph could not be written or does not match the map
 └── RuntimeCheckError           the runtime refused to load or run what was built
@@ -83,6 +84,10 @@ class ExportError(PackagerError):
 
 class RuntimeCheckError(PackagerError):
     """The runtime refused to load or run what was built."""
+
+
+class OutputError(PackagerError):
+    """An output cannot be written: its place is full, read-only, not permitted, or another process writes it."""
 
 
 class InfeasibleBudgetError(PackagerError):

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager.bundle.folder import BundleFolder
+from packager.bundle.folder import BUNDLE, BundleFolder
 from packager.bundle.manifest import Manifest
 from packager.bundle.opening import OpenedBundle
 from packager.bundle.writer import Recipe, stage, with_golden, with_scales, write_manifest
 from packager.errors import ArtifactError, InfeasibleBudgetError
-from packager.io.files import published_folder, refuse_existing
+from packager.io.outputs import published_folder, refuse_existing, reserved
 from packager.planning.plan import Plan, Request
 from packager.planning.shortfall import within_error_text
 from packager.progress import Progress
@@ -25,7 +25,8 @@ from packager.scoremap.folder import MapFolder
 from packager.scoremap.opening import OpenedMap, open_map
 from packager.sizes import format_size
 from packager.validation.acceptance import run_acceptance
-from packager.validation.report import Round, ValidationReport, write_report
+from packager.validation.report import Round, ValidationReport
+from packager.validation.report_page import write_report
 
 if TYPE_CHECKING:
     from packager.scoremap.settings import ScoreSettings
@@ -62,9 +63,11 @@ def build(
 
     A bundle whose checks fail is published too, with a report that says so: it is for the caller to refuse it.
     """
-    refuse_existing(out, force=force)
-    plan, reserve = _first_plan(opened, request, progress) if validate else (request.unmeasured().plan(opened), 0)
-    with published_folder(out, force=force) as staging:
+    inputs = [opened.folder.root]
+    if polishing is not None:
+        inputs += [*polishing.calibration_paths, *polishing.checkpoint.inputs]
+    with published_folder(out, BUNDLE, force=force, inputs=inputs) as staging:
+        plan, reserve = _first_plan(opened, request, progress) if validate else (request.unmeasured().plan(opened), 0)
         if validate:
             return _validated(opened, request, plan, reserve, staging, progress, polishing)
         recipe = Recipe(source=opened, plan=plan, profile=request.profile)
@@ -154,7 +157,7 @@ def _validated(
 
         progress.phase("golden outputs in torch", 1)
         torch_side = reference.load_reference(bundle)
-        reference.write_golden(torch_side, bundle.folder.golden, context_tokens=recipe.plan.context_tokens)
+        reference.write_golden(torch_side, bundle, bundle.folder.golden)
         bundle = with_golden(bundle)
         progress.advance()
     write_manifest(bundle)  # what is tested is what it says
@@ -301,26 +304,29 @@ def pack(
     from packager.scoring.score import map_differences, score_model
     from packager.source.checkpoint import open_checkpoint
 
-    refuse_existing(out, force=force)
+    refuse_existing(out, BUNDLE, force=force)
     checkpoint = open_checkpoint(source)
     folder = map_folder or out.parent / f"{checkpoint.name}.map"
-    differences = (
-        map_differences(folder, checkpoint, settings, calibration_paths) if MapFolder(root=folder).exists() else None
-    )
-    if differences and not force:
-        raise ArtifactError(
-            f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
-            f"another with --map, "
-            "or pass --force to score again in its place"
+    with reserved(out, BUNDLE, force=force, inputs=[folder, *checkpoint.inputs, *calibration_paths]):
+        differences = (
+            map_differences(folder, checkpoint, settings, calibration_paths)
+            if MapFolder(root=folder).exists()
+            else None
         )
-    if differences != []:
-        score_model(
-            checkpoint,
-            folder,
-            settings,
-            calibration_paths=calibration_paths,
-            device=device,
-            force=force,
-            progress=progress,
-        )
-    return build(open_map(folder), request, out, validate=validate, force=force, progress=progress)
+        if differences and not force:
+            raise ArtifactError(
+                f"{folder} is the map of this model with other settings ({'; '.join(differences)}): keep it and name "
+                "another with --map, "
+                "or pass --force to score again in its place"
+            )
+        if differences != []:
+            score_model(
+                checkpoint,
+                folder,
+                settings,
+                calibration_paths=calibration_paths,
+                device=device,
+                force=force,
+                progress=progress,
+            )
+        return build(open_map(folder), request, out, validate=validate, force=force, progress=progress)

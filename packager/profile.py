@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, get_type_hints
 
 from packager.errors import ProfileError, UsageError
+from packager.io.records import CONTROL, LARGEST
 from packager.sizes import parse_size
 
 AUTO: Final = "auto"
@@ -27,6 +28,8 @@ PROMPT_RESERVE = 32
 """Tokens of a context that are kept for the answer: the longest prompt is as much shorter."""
 LEAST_CONTEXT_TOKENS = PROMPT_RESERVE + 1
 """The shortest context there is: one token of a prompt, and its answer."""
+_MOST_CHARACTERS = 1 << 16
+_MOST = (1 << 31) - 1
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 
 
@@ -114,7 +117,7 @@ def load_profile(name_or_path: str) -> DeviceProfile:
         if "/" in name_or_path or not path.is_file():
             known = shipped_profiles()
             near = difflib.get_close_matches(name_or_path, known, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(near)}?" if near else f"shipped profiles: {', '.join(known)}"
+            hint = f"did you mean {', '.join(near)}?" if near else f"shipped profiles: {', '.join(known)}."
             raise ProfileError(f"profile {name_or_path!r} is unknown: {hint} A path to a .toml file works too.")
     try:
         text = path.read_text(encoding="utf-8")
@@ -127,10 +130,14 @@ def load_profile(name_or_path: str) -> DeviceProfile:
 
 def parse_profile(text: str, *, where: str, name: str) -> DeviceProfile:
     """The profile that TOML `text` describes; `where` names it in errors."""
+    if len(text) > _MOST_CHARACTERS:
+        raise ProfileError(f"{where}: {len(text)} characters: expected a profile of at most {_MOST_CHARACTERS}")
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ProfileError(f"{where}: not valid TOML: {error}") from error
+    except ValueError as error:  # an integer of thousands of digits is one too
+        raise ProfileError(f"{where}: not valid TOML: {str(error)[:200]}") from error
+    except RecursionError:
+        raise ProfileError(f"{where}: not valid TOML: nested too deep") from None
     device = _section(table, "device", where, {"description", "memory", "budget", "threads"})
     runtime = _section(table, "runtime", where, {"provider", "bits", "accuracy_level", "chunk_tokens", "kv_cache"})
     context = _section(table, "context", where, {"tokens", "minimum"})
@@ -170,8 +177,10 @@ def _check(profile: DeviceProfile, where: str) -> None:
         raise ProfileError(f"{where}: runtime.provider {profile.provider!r}: expected one of {', '.join(PROVIDERS)}")
     if profile.kv_cache not in KV_CACHES:
         raise ProfileError(f"{where}: runtime.kv_cache {profile.kv_cache!r}: expected one of {', '.join(KV_CACHES)}")
-    if any(bits not in (2, 4, 8) for bits in profile.bits):
-        raise ProfileError(f"{where}: runtime.bits {list(profile.bits)}: expected some of 2, 4, 8 (none: float only)")
+    if len(profile.bits) > 3 or any(type(bits) is not int or bits not in (2, 4, 8) for bits in profile.bits):
+        raise ProfileError(
+            f"{where}: runtime.bits {_shown(list(profile.bits))}: expected some of 2, 4, 8 (none: float only)"
+        )
     if not 0 <= profile.accuracy_level <= 4:
         raise ProfileError(f"{where}: runtime.accuracy_level {profile.accuracy_level}: expected 0 to 4")
     bounded = (
@@ -183,6 +192,8 @@ def _check(profile: DeviceProfile, where: str) -> None:
     for key, value, least in bounded:
         if value < least:
             raise ProfileError(f"{where}: {key} {value}: expected at least {least}")
+        if value > _MOST:
+            raise ProfileError(f"{where}: {key} {value}: expected at most {_MOST}")
     if profile.minimum_context_tokens > profile.context_tokens:
         raise ProfileError(
             f"{where}: context.minimum {profile.minimum_context_tokens} is more than context.tokens "
@@ -208,8 +219,20 @@ def _typed(section: dict[str, Any], key: str, kind: type, where: str, *, default
     if value is None:
         raise ProfileError(f"{where}: key {key!r} is missing")
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ProfileError(f"{where}: {key} is {value!r}: expected {kind.__name__}")
+        raise ProfileError(f"{where}: {key} is {_shown(value)}: expected {kind.__name__}")
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise ProfileError(f"{where}: {key} is {_shown(value)}: expected at most {LARGEST}")
+    if isinstance(value, str) and (found := CONTROL.search(value)) is not None:
+        raise ProfileError(f"{where}: {key} holds the control character {found.group()!a}: expected text")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value in an error, cut short: it may be deep, or have thousands of digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"a huge {type(value).__name__}"
 
 
 def _size(section: dict[str, Any], key: str, where: str, *, of_bytes: int | None) -> int:
@@ -225,14 +248,17 @@ def _coefficients(section: dict[str, Any], where: str) -> MemoryCoefficients:
     for key, kind in get_type_hints(MemoryCoefficients).items():
         if key in section:
             value = section[key]
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
                 value = float(value)
             if (
                 not isinstance(value, kind)
                 or isinstance(value, bool)
-                or (kind is not str and not 0 <= value < math.inf)
+                or (kind is not str and not 0 <= value <= LARGEST)
+                or (kind is str and CONTROL.search(value) is not None)
             ):
-                raise ProfileError(f"{where}: memory.{key} is {value!r}: expected a {kind.__name__}, not negative")
+                raise ProfileError(
+                    f"{where}: memory.{key} is {_shown(value)}: expected a {kind.__name__}, not negative"
+                )
             values[key] = value
     if values.get("reuse_ratio", 0) > 1:
         raise ProfileError(f"{where}: memory.reuse_ratio is {values['reuse_ratio']}: expected a share, at most 1")

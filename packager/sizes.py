@@ -23,6 +23,7 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_MOST_SHOWN = 1 << 80
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?|\.[0-9]{1,18})\s*([A-Za-z]*)\s*")
 _SHARE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*%\s*")
 
@@ -54,7 +55,7 @@ def parse_size(text: str, *, of_bytes: int | None = None) -> int:
 
 def format_size(size: int | float) -> str:
     """`size` bytes in binary units with about three digits: "224 MiB", "1.5 GiB", "-3.2 MiB"."""
-    sign, value = ("-" if size < 0 else ""), float(abs(size))
+    sign, value = ("-" if size < 0 else ""), float(min(abs(size), _MOST_SHOWN))
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from pico_families import FAMILIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -117,7 +118,7 @@ PICO: dict[str, tuple[type[Any], Callable[[], PretrainedConfig]]] = {
 
 def random_model(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A pico model in float32 whose activations and logits are of ordinary size; `changes` go into its config."""
-    kind, configure = PICO[name]
+    kind, configure = (PICO | FAMILIES)[name]
     config = configure()
     for key, value in changes.items():
         setattr(config, key, value)
@@ -134,7 +135,8 @@ def random_model(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
             elif key.endswith("bias"):
                 parameter.copy_(values * 0.1)
             else:
-                centre = 0.0 if name == "gemma3" else 1.0  # Gemma's norms multiply by 1 + weight
+                # These norms multiply by 1 + weight.
+                centre = 0.0 if name in ("gemma3", "gemma2", "nemotron", "qwen3.5") else 1.0
                 parameter.copy_(centre + values * 0.1)
     return model
 
@@ -199,7 +201,7 @@ def picos(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     def get(name: str) -> Pico:
         if name not in made:
             model = random_model(name)
-            folder = tmp_path_factory.mktemp("picos") / f"pico-{name}"
+            folder = tmp_path_factory.mktemp("picos") / f"pico-{name.replace(' ', '-')}"
             model.save_pretrained(folder)  # type: ignore[operator]
             tokenizer.save_pretrained(folder)
             made[name] = Pico(name=name, folder=folder, model=model)

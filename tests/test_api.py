@@ -43,6 +43,7 @@ PUBLIC = {
     "__version__",
     "build",
     "calibrate_profile",
+    "chat",
     "curve",
     "errors",
     "frontier",
@@ -258,6 +259,25 @@ OUT = {"profile": "laptop-16gb", "out": "never"}
         ("curve", "pico.map", {"context": "auto"}, "context: expected a whole number, at least 33, found 'auto'"),
         ("run", "pico.bundle", {"prompt": 3}, "prompt: expected text, found 3"),
         ("run", "pico.bundle", {"prompt": "x", "tokens": 0}, "tokens: expected a whole number, at least 1, found 0"),
+        (
+            "run",
+            "pico.bundle",
+            {"prompt": "x", "temperature": float("nan")},
+            "temperature: expected a finite number, at least 0 and at most 100, found nan",
+        ),
+        (
+            "run",
+            "pico.bundle",
+            {"prompt": "x", "top_k": 3},
+            "top_k: at temperature 0 the likeliest token is always taken: set a temperature too, or leave it out",
+        ),
+        (
+            "run",
+            "pico.bundle",
+            {"prompt": "x", "temperature": 1, "seed": 2**31},
+            "seed: expected a whole number from 0 to 2147483647, found 2147483648",
+        ),
+        ("chat", "pico.bundle", {"tokens": 0}, "tokens: expected a whole number, at least 1, found 0"),
         ("validate", None, {}, "bundle: expected a path, as text or as a Path, found None"),
         ("inspect", None, {}, "path: expected a path, as text or as a Path, found None"),
         ("open_map", 1, {}, "path: expected a path, as text or as a Path, found 1"),
@@ -315,6 +335,24 @@ def test_what_an_argument_cannot_be(
     assert not (desk / "never").exists()
 
 
+def test_answers_by_chance_repeat_with_their_seed(desk: Path) -> None:
+    def answer(seed: int) -> str:
+        named: dict[str, Any] = {"prompt": "water", "tokens": 24, "chat": False, "temperature": 2.0}
+        return "".join(packager.run(desk / "pico.bundle", **named, seed=seed))
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(4)}) > 1
+
+
+def test_a_conversation_goes_on_in_the_model_s_template(desk: Path) -> None:
+    conversation = packager.chat(desk / "pico.bundle", tokens=4)
+    first, second = conversation.say("Where is the water?"), None
+    list(first)
+    second = conversation.say("And now?")
+    list(second)
+    assert second.prompt_tokens > first.prompt_tokens
+
+
 def test_cuda_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -344,6 +382,25 @@ def test_rules_of_acip_are_those_of_its_settings() -> None:
     assert arguments.ACIP_BASIS.words == BASES
     for name, rule in arguments.ACIP.items():
         assert rule.check(getattr(AcipSettings(), name)) == getattr(AcipSettings(), name)
+
+
+@pytest.mark.parametrize("given", ["path", "opened"])
+def test_a_plan_replaces_a_plan_and_no_input(given: str, desk: Path, tmp_path: Path) -> None:
+    folder, out = desk / "pico.map", tmp_path / "plan.json"
+    pico = folder if given == "path" else packager.open_map(folder)
+    for _ in range(2):
+        plan = packager.plan(pico, profile=desk / "pico-box.toml", out=out)
+    out.write_text("precious")
+    with pytest.raises(ArtifactError, match="pass --force to replace it"):
+        packager.plan(pico, profile="laptop-16gb", out=out)
+    for inner in (folder / "map.json", desk / "pico-box.toml"):
+        with pytest.raises(ArtifactError, match="the input"):
+            packager.plan(pico, profile=desk / "pico-box.toml", out=inner, force=True)
+        with pytest.raises(ArtifactError, match="the input"):
+            packager.write_plan(plan, out=inner, force=True, inputs=[folder, desk / "pico-box.toml"])
+    assert out.read_text() == "precious"
+    packager.write_plan(plan, out=out, force=True)
+    assert packager.inspect(out) == plan
 
 
 def test_what_is_none_of_ours_is_refused(tmp_path: Path) -> None:

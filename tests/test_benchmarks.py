@@ -21,7 +21,11 @@ def start(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
 
 
 def test_every_benchmark_has_the_shared_parser() -> None:
-    assert {path.name for path in FOLDER.glob("*.py")} - set(NAMES) == {"common.py", "runtime_probe.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} - set(NAMES) == {
+        "common.py",
+        "runtime_probe.py",
+        "small_tokenizers.py",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

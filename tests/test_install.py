@@ -32,7 +32,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 BARE = names(PROJECT["dependencies"])
-SCORE, PLOT = (names(PROJECT["optional-dependencies"][extra]) for extra in ("score", "plot"))
+SCORE, PLOT, COMPLETION = (names(PROJECT["optional-dependencies"][extra]) for extra in ("score", "plot", "completion"))
 
 
 def third_party() -> set[str]:
@@ -47,7 +47,7 @@ def third_party() -> set[str]:
 
 
 def test_every_import_is_declared_and_every_dependency_is_imported_or_explained() -> None:
-    assert third_party() | set(EXPLAINED) == BARE | SCORE | PLOT
+    assert third_party() | set(EXPLAINED) == BARE | SCORE | PLOT | COMPLETION
     lines = PYPROJECT.read_text(encoding="utf-8").splitlines()
     for name, reason in EXPLAINED.items():
         assert any(line.strip().startswith(f'"{name}>') and f"# {reason}" in line for line in lines), name
@@ -55,9 +55,9 @@ def test_every_import_is_declared_and_every_dependency_is_imported_or_explained(
 
 def test_the_extras_are_these() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"score", "plot", "dev"}
-    assert extras["dev"][0] == "edge-packager[score,plot]"
-    assert not BARE & (SCORE | PLOT)
+    assert set(extras) == {"score", "plot", "completion", "dev"}
+    assert extras["dev"][0] == "edge-packager[score,plot,completion]"
+    assert not BARE & (SCORE | PLOT | COMPLETION)
     assert {"torch", "transformers", "optimum", "tokenizers"} <= SCORE
     from packager.api.given import SCORE_LIBRARIES
 

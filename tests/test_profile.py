@@ -78,7 +78,7 @@ def test_a_near_miss_is_suggested() -> None:
         load_profile("zzzz")
     known = ", ".join(shipped_profiles())
     assert (
-        str(caught.value) == f"profile 'zzzz' is unknown: shipped profiles: {known} A path to a .toml file works too."
+        str(caught.value) == f"profile 'zzzz' is unknown: shipped profiles: {known}. A path to a .toml file works too."
     )
 
 

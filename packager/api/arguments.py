@@ -58,9 +58,10 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Number:
-    """A finite number above `above`; at most `most`, or below `below`, where given."""
+    """A finite number above `above`, or at least `least`; at most `most`, or below `below`, where given."""
 
-    above: float
+    above: float = -math.inf
+    least: float = -math.inf
     most: float = math.inf
     below: float = math.inf
     kind = float
@@ -68,13 +69,15 @@ class Number:
     def __str__(self) -> str:
         upper = f" and at most {self.most:g}" if self.most < math.inf else ""
         upper += f" and below {self.below:g}" if self.below < math.inf else ""
-        return f"a finite number above {self.above:g}{upper}"
+        lower = f"at least {self.least:g}" if self.least > -math.inf else f"above {self.above:g}"
+        return f"a finite number{',' if self.least > -math.inf else ''} {lower}{upper}"
 
     def check(self, value: object) -> float:
         """`value`, or UsageError. Truth values are no numbers."""
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             number = float(value)
-            if math.isfinite(number) and self.above < number <= self.most and number < self.below:
+            above = math.isfinite(number) and self.above < number and self.least <= number
+            if above and number <= self.most and number < self.below:
                 return number
         raise UsageError(f"expected {self}, found {value!r}")
 
@@ -140,6 +143,10 @@ SEED = Whole(least=0, most=2**63 - 1)
 SIZES = Whole(least=2, most=1000)
 WINDOWS = Whole(least=1)
 ANSWER_TOKENS = Whole(least=1)
+TEMPERATURE = Number(least=0, most=100)
+TOP_P = Number(above=0, most=1)
+TOP_K = Whole(least=0, most=2**31 - 1)
+SAMPLING_SEED = Whole(least=0, most=2**31 - 1)
 CONTEXT_TOKENS = Whole(least=LEAST_CONTEXT_TOKENS)
 """Of these the plan keeps 32 for an answer; one is left for a prompt."""
 CONTEXT = Tokens(least=CONTEXT_TOKENS.least)

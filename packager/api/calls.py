@@ -2,13 +2,14 @@
 
 The first argument goes by position, the others by name. Maps may be given as folders or opened, which spares reading
 them again; profiles by name, as a path to a TOML file, or loaded. A budget is bytes, or text such as "300MiB" or "60%"
-of the device's memory. What cannot be done is an exception of `packager.errors`; a full disk is an OSError. Nothing is
+of the device's memory. What cannot be done, for want of space too, is an exception of `packager.errors`. Nothing is
 printed: long work tells a `progress` how far it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.api import arguments
@@ -21,14 +22,18 @@ from packager.api.given import (
     device_here,
     listener_of,
     model_name,
+    opened_bundle,
     opened_map,
+    paths_of,
     polishing_with,
     profile_of,
     request_for,
+    sampling,
     scoring_settings,
     target_for,
 )
-from packager.errors import ArtifactError, UsageError, require_extra
+from packager.api.near_names import is_artefact, is_bundle, is_map, require_there
+from packager.errors import ArtifactError, OutputError, UsageError, require_extra
 from packager.profile import DeviceProfile, shipped_profiles, with_memory
 from packager.progress import Progress
 
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from packager.pipeline import Built
     from packager.planning.plan import Plan
     from packager.planning.size_curve import Curve
+    from packager.runtime.answers import Answer, Conversation
     from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings
     from packager.scoring.score import ScoreReport
@@ -165,8 +171,10 @@ def plan(
     ratio: float | None = None,
     fill: bool = False,
     out: AnyPath | None = None,
+    force: bool = False,
 ) -> Plan:
-    """The best model of a map that fits; needs no model and no runtime. `out` is the plan.json to write, if any.
+    """The best model of a map that fits; needs no model and no runtime. `out` is the plan.json to write, if any:
+    `force` replaces a file there that is no plan.
 
     Of all sizes that fit it is the smallest within 0.002 nats per token of the best, or with `fill` the largest.
     `max_rise` takes the smallest whose predicted rise of the loss, in nats per token, is at most that; `file_size`
@@ -184,10 +192,12 @@ def plan(
     True
     """
     request = request_for(profile, budget, context, kv_cache, target_for(max_rise, file_size, ratio, fill))
-    target = None if out is None else as_path(out, "out")
+    target, replacing = None if out is None else as_path(out, "out"), as_flag(force, "force")
+    if target is not None:
+        _require_plan_file(target, paths_of(map, profile), force=replacing)
     found = request.unmeasured().plan(opened_map(map))
     if target is not None:
-        write_plan(found, out=target)
+        write_plan(found, out=target, force=replacing)
     return found
 
 
@@ -214,17 +224,28 @@ def frontier(
     return request.unmeasured().frontier(opened_map(map))
 
 
-def write_plan(plan: Plan, *, out: AnyPath) -> None:
-    """Write a plan as JSON. The same plan gives the same bytes.
+def write_plan(plan: Plan, *, out: AnyPath, force: bool = False, inputs: Paths | None = None) -> None:
+    """Write a plan as JSON, over an older plan too; `force` replaces any other file. The same plan gives the same
+    bytes. `inputs`, what it was made from, are never written over or into.
 
     >>> import packager
     >>> packager.write_plan(packager.plan("pico.map", profile="laptop-16gb"), out="plan.json")
     >>> packager.inspect("plan.json").profile
     'laptop-16gb'
     """
-    from packager.io.files import dump_json, write_text
+    from packager.io.files import dump_json
+    from packager.io.outputs import write_output
 
-    write_text(as_path(out, "out"), dump_json(plan.to_dict()))
+    target = as_path(out, "out")
+    _require_plan_file(target, as_paths(inputs, "inputs"), force=as_flag(force, "force"))
+    write_output(target, dump_json(plan.to_dict()).encode())
+
+
+def _require_plan_file(target: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    from packager.io.outputs import require_file
+    from packager.planning.plan import is_plan
+
+    require_file(target, force=force, ours=is_plan, inputs=inputs)
 
 
 def build(
@@ -280,7 +301,7 @@ def build(
 def validate(bundle: AnyPath, *, progress: Progress | None = None) -> ValidationReport:
     """Check a bundle on this machine's runtime under its memory limit, and write the report into it.
 
-    A check that fails is a row of the report, not an exception.
+    A check that fails is a row of the report, not an exception; a report that cannot be written is a warning.
 
     >>> import packager
     >>> report = packager.validate("pico.bundle")
@@ -288,13 +309,19 @@ def validate(bundle: AnyPath, *, progress: Progress | None = None) -> Validation
     []
     """
     root, listener = as_path(bundle, "bundle"), listener_of(progress)
-    from packager.validation.report import earlier_rounds, write_report
+    from packager.io.failures import explained
+    from packager.validation.report import earlier_rounds
+    from packager.validation.report_page import write_report
     from packager.validation.validate import validate_bundle
 
     opened = open_bundle(root)
     rounds = earlier_rounds(root, opened.manifest.bundle_sha256)
     report = validate_bundle(opened, progress=listener, rounds=rounds)
-    write_report(report, root)
+    try:
+        with explained(opened.folder.report):
+            write_report(report, root)
+    except OutputError as error:
+        listener.warn(f"the report is not kept: {error}")
     return report
 
 
@@ -346,28 +373,76 @@ def curve(
     return measure_sizes.measure(opened, device, predicted, chosen, measured_text, progress=listener)
 
 
-def run(bundle: AnyPath, *, prompt: str, tokens: int = 128, chat: bool = True) -> Iterator[str]:
-    """The bundle's greedy answer to `prompt`, piece by piece as it comes: at most `tokens` new tokens.
+def run(
+    bundle: AnyPath | OpenedBundle,
+    *,
+    prompt: str,
+    tokens: int = 128,
+    chat: bool = True,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Answer:
+    """The bundle's answer to `prompt`, piece by piece as it comes: at most `tokens` new tokens.
 
-    Without `chat` the prompt is continued as it is, without the chat template.
+    Without `chat` the prompt is continued as it is, without the chat template. `system` is said before it. The
+    likeliest token is taken each time, unless a `temperature` lets chance choose among the `top_k` likeliest (0: all)
+    that together have probability `top_p`; the same `seed` chooses the same. The answer counts its `tokens`, and its
+    `tokens_per_second`. Whether the bundle is valid is not asked: `report.json` beside it says.
 
     >>> import packager
-    >>> answer = "".join(packager.run("pico.bundle", prompt="Where is the water?", tokens=4))
-    >>> isinstance(answer, str)
+    >>> answer = packager.run("pico.bundle", prompt="Where is the water?", tokens=4)
+    >>> isinstance("".join(answer), str) and answer.tokens <= 4
     True
     """
-    root, text = as_path(bundle, "bundle"), as_text(prompt, "prompt")
+    text = as_text(prompt, "prompt")
     most, templated = checked(arguments.ANSWER_TOKENS, tokens, "tokens"), as_flag(chat, "chat")
-    from packager.runtime.sessions import generate
+    line, chosen = None if system is None else as_text(system, "system"), sampling(temperature, top_p, top_k, seed)
+    if line is not None and not templated:
+        raise UsageError("system: a raw prompt has no system line: put it into the prompt")
+    opened = opened_bundle(bundle)
+    if line is not None:
+        _require_template(opened, "system")
+    from packager.runtime.answers import Speaker, generate
 
-    opened = open_bundle(root)
-    return generate(
-        root,
-        text,
-        context_tokens=opened.manifest.bounds.context_tokens,
-        most_tokens=most,
-        chat=templated and opened.folder.chat_template.is_file(),
-    )
+    speaker = Speaker(opened.folder.root, context_tokens=opened.manifest.bounds.context_tokens, sampling=chosen)
+    has_template = opened.folder.chat_template.is_file()
+    return generate(speaker, text, system=line, most_tokens=most, chat=templated and has_template)
+
+
+def chat(
+    bundle: AnyPath | OpenedBundle,
+    *,
+    system: str | None = None,
+    tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Conversation:
+    """A conversation with a bundle: each `say(text)` is answered as by `run`, in the light of what was said before, as
+    far as the context holds it; `forgotten` counts the oldest turns that it no longer holds.
+
+    >>> import packager
+    >>> packager.chat("pico.bundle", system=3)
+    Traceback (most recent call last):
+    packager.errors.UsageError: system: expected text, found 3
+    """
+    most = checked(arguments.ANSWER_TOKENS, tokens, "tokens")
+    line, chosen = None if system is None else as_text(system, "system"), sampling(temperature, top_p, top_k, seed)
+    opened = opened_bundle(bundle)
+    _require_template(opened, "chat")
+    from packager.runtime.answers import Conversation, Speaker
+
+    speaker = Speaker(opened.folder.root, context_tokens=opened.manifest.bounds.context_tokens, sampling=chosen)
+    return Conversation(speaker, system=line, most_tokens=most)
+
+
+def _require_template(opened: OpenedBundle, what: str) -> None:
+    if not opened.folder.chat_template.is_file():
+        raise UsageError(f"{what}: {opened.folder.root} has no chat template: its model only continues a prompt")
 
 
 def inspect(path: AnyPath) -> OpenedMap | OpenedBundle | Plan:
@@ -378,13 +453,12 @@ def inspect(path: AnyPath) -> OpenedMap | OpenedBundle | Plan:
     'pico-box'
     """
     where = as_path(path, "path")
-    from packager.bundle.folder import BundleFolder
+    require_there(where, "score map, plan or bundle", is_artefact)
     from packager.planning.plan import PLAN_FILE, read_plan
-    from packager.scoremap.folder import MapFolder
 
-    if MapFolder(root=where).scoremap.is_file():
+    if is_map(where):
         return open_map(where)
-    if BundleFolder(root=where).exists():
+    if is_bundle(where):
         return open_bundle(where)
     if where.is_file() or (where / PLAN_FILE).is_file():
         return read_plan(where if where.is_file() else where / PLAN_FILE)
@@ -408,10 +482,7 @@ def open_bundle(path: AnyPath) -> OpenedBundle:
     >>> packager.open_bundle("pico.bundle").manifest.bounds.context_tokens
     512
     """
-    folder = as_path(path, "path")
-    from packager.bundle import opening
-
-    return opening.open_bundle(folder)
+    return opened_bundle(as_path(path, "path"))
 
 
 def profiles() -> tuple[DeviceProfile, ...]:
@@ -448,13 +519,13 @@ def calibrate_profile(
     profile, target, listener = profile_of(base), as_path(out, "out"), listener_of(progress)
     if target.suffix != ".toml":
         raise UsageError(f"out: expected the name of a .toml file, found {str(target)!r}")
-    if target.exists() and not as_flag(force, "force"):
-        raise ArtifactError(f"{target} exists already: choose another name, or pass --force to replace it")
+    from packager.io.outputs import require_file, write_output
+
+    replacing = as_flag(force, "force")
     require_extra("score", SCORE_LIBRARIES, "'profiles calibrate'")
-    from packager.io.files import write_text
+    require_file(target, force=replacing)
     from packager.memory.calibrate import calibrate
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     found = calibrate(profile, target.parent, listener)
-    write_text(target, with_memory(profile, found.section()))
+    write_output(target, with_memory(profile, found.section()).encode())
     return found

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from packager.api import arguments
 from packager.api.arguments import Context, as_flag, as_path, checked
+from packager.api.near_names import is_bundle, is_map, require_there
+from packager.api.threads import let_threads_sleep
 from packager.errors import UsageError, require_extra
 from packager.profile import DeviceProfile, load_profile
 from packager.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from packager.bundle.opening import OpenedBundle
     from packager.planning.plan import Request
     from packager.planning.target import Target
+    from packager.runtime.answers import Sampling
     from packager.scoremap.opening import OpenedMap
     from packager.scoremap.settings import AcipSettings, ScoreSettings
     from packager.scoring.polish_plan import Polishing
@@ -34,6 +38,7 @@ SCORE_LIBRARIES = (
     "accelerate",
     "gguf",
     "huggingface_hub",
+    "jinja2",
     "optimum",
     "pyarrow",
     "tokenizers",
@@ -57,7 +62,28 @@ def opened_map(map: AnyPath | OpenedMap) -> OpenedMap:
         return map
     if not isinstance(map, str | PathLike):
         raise UsageError(f"map: expected a folder or an opened map, found {map!r}")
-    return open_map(as_path(map, "map"))
+    folder = as_path(map, "map")
+    require_there(folder, "score map", is_map)
+    return open_map(folder)
+
+
+def paths_of(*given: object) -> list[Path]:
+    """Where what was given lies on disk, of what was given as a path or as an opened map."""
+    from packager.scoremap.opening import OpenedMap
+
+    found = [item.folder.root if isinstance(item, OpenedMap) else item for item in given]
+    return [Path(item) for item in found if isinstance(item, str | PathLike)]
+
+
+def opened_bundle(bundle: AnyPath | OpenedBundle) -> OpenedBundle:
+    """A bundle from its folder, every file checked, or as it is. UsageError for what is neither."""
+    from packager.bundle import opening
+
+    if isinstance(bundle, opening.OpenedBundle):
+        return bundle
+    folder = as_path(bundle, "bundle")
+    require_there(folder, "bundle", is_bundle)
+    return opening.open_bundle(folder)
 
 
 def model_name(model: AnyPath) -> str:
@@ -119,6 +145,7 @@ def device_here(device: str, purpose: str) -> str:
     """A device that torch has here. MissingExtraError where there is no torch."""
     name = checked(arguments.DEVICE, device, "device")
     require_extra("score", SCORE_LIBRARIES, purpose)
+    let_threads_sleep()
     if name != "cpu":
         import torch
 
@@ -180,7 +207,23 @@ def polishing_with(minutes: float, model: str | None, texts: tuple[Path, ...]) -
     if model is None:
         raise UsageError("polish needs the map's own model: name it too (--polish 10 --model FOLDER)")
     require_extra("score", SCORE_LIBRARIES, "polishing")
+    let_threads_sleep()
     from packager.scoring.polish_plan import Polishing
     from packager.source.checkpoint import open_checkpoint
 
     return Polishing(checkpoint=open_checkpoint(model), minutes=minutes, calibration_paths=texts)
+
+
+def sampling(temperature: float, top_p: float, top_k: int, seed: int | None) -> Sampling:
+    """How tokens are chosen, checked. UsageError for what only a temperature above 0 gives a meaning."""
+    warmth = checked(arguments.TEMPERATURE, temperature, "temperature")
+    share, count = checked(arguments.TOP_P, top_p, "top_p"), checked(arguments.TOP_K, top_k, "top_k")
+    start = None if seed is None else checked(arguments.SAMPLING_SEED, seed, "seed")
+    if not warmth and (share < 1 or count or start is not None):
+        idle = "top_p" if share < 1 else "top_k" if count else "seed"
+        raise UsageError(
+            f"{idle}: at temperature 0 the likeliest token is always taken: set a temperature too, or leave it out"
+        )
+    from packager.runtime.answers import Sampling
+
+    return Sampling(temperature=warmth, top_p=share, top_k=count, seed=start)

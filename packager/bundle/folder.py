@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.graph.names import GENAI_FILE
-from packager.io.files import BUNDLE_MARK
+from packager.io.outputs import Artefact
 from packager.planning.plan import PLAN_FILE
 from packager.scoremap.reference import REFERENCE_FILE, ReferenceFile
 
-MANIFEST_FILE = BUNDLE_MARK
+MANIFEST_FILE = "packager.json"
 GRAPH_FILE = "onnx/model_q4.onnx"
 WEIGHTS_FILE = f"{GRAPH_FILE}_data"
 GOLDEN_FILE = "golden.safetensors"
@@ -31,6 +31,14 @@ SUMS_FILE = "SHA256SUMS"
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 UNLISTED = frozenset({MANIFEST_FILE, SUMS_FILE, REPORT_FILE, REPORT_PAGE})
 """Files that the manifest does not list: itself, the sums over it, and what is measured of the rest."""
+BUNDLE = Artefact(
+    noun="bundle",
+    marker=MANIFEST_FILE,
+    keys=("files",),
+    listed=lambda manifest: [entry["path"] for entry in manifest["files"]],
+    known=UNLISTED,
+)
+"""What tells a bundle from other folders."""
 GRAPH, WEIGHTS, REFERENCE, CONFIG = "graph", "weights", "reference", "config"
 REQUIRED_ROLES = (GRAPH, WEIGHTS, REFERENCE, CONFIG)
 _ROLES = {

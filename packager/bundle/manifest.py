@@ -8,8 +8,8 @@ from typing import Any
 from packager.bundle.folder import REQUIRED_ROLES
 from packager.errors import ArtifactError
 from packager.forms.registry import Form, form_bytes, parse_form
-from packager.io.files import sha256_json
-from packager.io.records import from_plain, without_none
+from packager.io.files import require_distinct, sha256_json
+from packager.io.records import Amount, Count, Dimension, Positive, from_plain, without_none
 from packager.planning.predicted_memory import PredictedMemory
 from packager.profile import PROVIDERS
 from packager.scoremap.identity import ModelIdentity
@@ -23,7 +23,7 @@ class BundleFile:
 
     path: str
     role: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -33,10 +33,10 @@ class BundleUnit:
 
     name: str
     kind: str
-    rows: int
-    cols: int
+    rows: Dimension
+    cols: Dimension
     matrix: str
-    start: int
+    start: Count
     form: str
 
     def parsed(self) -> Form:
@@ -48,10 +48,10 @@ class BundleUnit:
 class Bounds:
     """What the bundle is bounded to. `provider` is the execution provider, `vocabulary` the number of tokens."""
 
-    budget_bytes: int
-    context_tokens: int
-    prompt_tokens: int
-    vocabulary: int
+    budget_bytes: Positive
+    context_tokens: Dimension
+    prompt_tokens: Dimension
+    vocabulary: Dimension
     provider: str
 
 
@@ -59,9 +59,9 @@ class Bounds:
 class Predicted:
     """What the plan promised: the process's peak with its terms, the rise of the loss, the bytes of weights."""
 
-    peak_bytes: int
+    peak_bytes: Count
     loss_nats: float
-    file_bytes: int
+    file_bytes: Count
     memory: PredictedMemory
 
 
@@ -75,13 +75,13 @@ class Measured:
     heldout_nats: float | None = None
     loss_nats: float | None = None
     torch_heldout_nats: float | None = None
-    peak_bytes: int | None = None
-    anonymous_bytes: int | None = None
-    mapped_bytes: int | None = None
-    context_tokens: int | None = None
-    load_seconds: float | None = None
-    prefill_tokens_per_second: float | None = None
-    decode_tokens_per_second: float | None = None
+    peak_bytes: Count | None = None
+    anonymous_bytes: Count | None = None
+    mapped_bytes: Count | None = None
+    context_tokens: Count | None = None
+    load_seconds: Amount | None = None
+    prefill_tokens_per_second: Amount | None = None
+    decode_tokens_per_second: Amount | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +131,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
             f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: build the bundle again"
         )
     manifest = from_plain(Manifest, data, where)
+    require_distinct([entry.path for entry in manifest.files], where)
     if files_hash(manifest.files) != manifest.bundle_sha256:
         raise ArtifactError(
             f"{where}: its files do not add up to its bundle_sha256: the manifest was altered, build the bundle again"
@@ -143,7 +144,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
     if manifest.bounds.provider not in PROVIDERS:
         raise ArtifactError(
             f"{where}: bounds.provider {manifest.bounds.provider!r}: expected one of {', '.join(PROVIDERS)}: the "
-            f"manifest was altered, build the bundle again"
+            "manifest was altered, build the bundle again"
         )
     try:
         total = sum(form_bytes(unit.parsed(), unit.rows, unit.cols) for unit in manifest.units)
@@ -152,7 +153,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
     if total != manifest.predicted.file_bytes:
         raise ArtifactError(
             f"{where}: its units come to {total} bytes, expected {manifest.predicted.file_bytes}: the manifest was "
-            f"altered, build the bundle again"
+            "altered, build the bundle again"
         )
     return manifest
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.bundle.manifest import Polish
 from packager.bundle.opening import OpenedBundle
+from packager.cli.screen import Screen
 from packager.planning.plan import Plan
 from packager.planning.shortfall import MARGIN_TEXT
 from packager.planning.size_curve import BY_PEAK, MOST_NOISE, Curve
@@ -17,7 +18,8 @@ from packager.profile import DeviceProfile
 from packager.scoremap.identity import MapIdentity
 from packager.scoremap.opening import OpenedMap
 from packager.sizes import format_size
-from packager.validation.report import ValidationReport, round_text, shown, verdict
+from packager.validation.advice import columns, verdict_lines
+from packager.validation.report import ValidationReport, round_text, verdict, verdict_of
 
 if TYPE_CHECKING:
     from packager.memory.calibrate import MeasuredCoefficients
@@ -151,7 +153,7 @@ def curve_text(curve: Curve) -> str:
         verdict_ = "no size measures" if measurement.monotone else "NOT MONOTONE: a size measures"
         lines.append(
             f"{verdict_} better than the next larger one by more than {MOST_NOISE:g} standard errors of their "
-            f"difference"
+            "difference"
         )
     return "\n".join(lines)
 
@@ -171,19 +173,20 @@ def _table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
 
 
 def report_text(report: ValidationReport) -> str:
-    """The checks as a table, then a sentence the bundle generated."""
-    rows = [("check", "value", "limit", "unit", "verdict")]
-    for check in report.checks:
-        unit = "" if check.unit == "bytes" else check.unit
-        rows.append((check.name, shown(check.value, check.unit), shown(check.limit, check.unit), unit, verdict(check)))
-    lines = _table(rows)
-    lines += [round_text(number, item) for number, item in enumerate(report.rounds, 1)]
+    """The checks as a table, the builds, an answer, then the verdict with causes and next steps."""
+    screen = Screen()
+    colours = {True: "green", False: "bold red", None: "dim"}
+    rows = [(check.name, *columns(check), f"[{colours[check.passed]}]{verdict(check)}[/]") for check in report.checks]
+    lines = [screen.table(("check", "measured", "allowed", "verdict"), rows, marked=3, widest=0)]
+    lines += [screen.wrapped(round_text(number, item)) for number, item in enumerate(report.rounds, 1)]
     if not report.enforced_by:
-        lines.append("memory limit: not enforced, this system offers no cgroup to this user")
+        lines.append(screen.wrapped("memory limit: not enforced, this system offers no cgroup to this user"))
     if report.answer:
-        lines.append(f"asked: {report.answer.prompt}")
-        lines.append(f"answered: {report.answer.text.strip()}")
-    lines.append("VALID" if report.passed else "NOT VALID: see the checks marked FAIL")
+        lines.append(screen.wrapped(f"asked: {report.answer.prompt}"))
+        lines.append(screen.wrapped(f"answered: {report.answer.text.strip()}"))
+    first, *rest = verdict_lines(report)
+    lines.append(screen.styled(first, "bold green" if report.passed else "bold red"))
+    lines += [screen.wrapped(line) for line in rest]
     return "\n".join(lines)
 
 
@@ -223,15 +226,20 @@ def calibration_text(found: MeasuredCoefficients) -> str:
 
 
 def profiles_text(profiles: Sequence[DeviceProfile]) -> str:
-    """One line a profile."""
-    rows = []
-    for profile in profiles:
-        memory, budget = format_size(profile.memory_bytes), format_size(profile.budget_bytes)
-        rows.append(
-            f"{profile.name:20} {memory:>8}  budget {budget:>8}  context {profile.context_tokens:>5}  "
-            f"{profile.provider:6} {profile.description}"
+    """One row a profile, of several lines where its description is long."""
+    rows = [
+        (
+            profile.name,
+            format_size(profile.memory_bytes),
+            format_size(profile.budget_bytes),
+            str(profile.context_tokens),
+            profile.provider,
+            profile.description,
         )
-    return "\n".join(rows)
+        for profile in profiles
+    ]
+    header = ("profile", "memory", "budget", "context", "runs on", "description")
+    return Screen().table(header, rows, right=(1, 2, 3), widest=5)
 
 
 def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
@@ -248,10 +256,12 @@ def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
             "smallest_bytes": sizes[1],
         } | identity
     if isinstance(found, OpenedBundle):
-        manifest = found.manifest.to_dict()
+        manifest, verdict_ = found.manifest.to_dict(), verdict_of(found.folder.root)
         shared = {key: manifest[key] for key in ("model", "profile", "bounds", "cache", "predicted", "bundle_sha256")}
         return {
             "kind": "bundle",
+            "valid": verdict_.valid,
+            "report": verdict_.words or "all checks passed",
             "files": len(manifest["files"]),
             "bytes": sum(entry["bytes"] for entry in manifest["files"]),
             "forms": forms_text(unit["form"] for unit in manifest["units"]),
@@ -261,14 +271,33 @@ def describe(found: OpenedMap | OpenedBundle | Plan) -> dict[str, Any]:
 
 
 def description_text(described: Mapping[str, Any], indent: str = "") -> str:
-    """Nested plain data as indented lines."""
+    """Nested plain data as indented lines: sizes as people write them, other numbers with four digits."""
+    return "\n".join(_described(described, indent, in_bytes=False))
+
+
+def _described(described: Mapping[str, Any], indent: str, *, in_bytes: bool) -> list[str]:
     lines = []
+    width = max([24, *(len(key) for key, value in described.items() if not isinstance(value, Mapping))])
     for key, value in described.items():
         if isinstance(value, Mapping):
-            lines += [f"{indent}{key}", description_text(value, indent + "  ")]
+            lines.append(f"{indent}{key}")
+            # The terms of a phase are bytes, whatever they are called.
+            lines += _described(value, indent + "  ", in_bytes=in_bytes or key == "phases")
         else:
-            shown_value = (
-                f"{value:,} ({format_size(value)})" if key.endswith("bytes") and isinstance(value, int) else value
-            )
-            lines.append(f"{indent}{key:24} {shown_value}")
-    return "\n".join(lines)
+            shown = _plain_value("bytes" if in_bytes else key, value)
+            lines.append(f"{indent}{key:{width}} {shown}".rstrip())
+    return lines
+
+
+def _plain_value(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return format_size(value) if "bytes" in key else str(value) if "seed" in key else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain_value(key, item) for item in value)
+    return str(value)

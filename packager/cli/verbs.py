@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import packager
@@ -29,7 +30,7 @@ _ACIP_FLAGS = {
 
 def pack(arguments: argparse.Namespace) -> int:
     """Score if needed, plan, build and validate."""
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         built = packager.pack(
             arguments.model,
             **_target(arguments),
@@ -47,7 +48,7 @@ def score(arguments: argparse.Namespace) -> int:
     """Compute a map."""
     from packager.cli import render
 
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         done = packager.score(
             arguments.model,
             **_scoring(arguments),
@@ -82,7 +83,8 @@ def plan(arguments: argparse.Namespace) -> int:
         frontier = packager.frontier(arguments.map, **target)
     plan = frontier[0] if frontier else packager.plan(arguments.map, **target)
     if arguments.output:
-        packager.write_plan(plan, out=arguments.output)
+        inputs = [arguments.map, arguments.profile]
+        packager.write_plan(plan, out=arguments.output, force=arguments.force, inputs=inputs)
     if arguments.json:
         _print_json(plan.to_dict() | ({"frontier": render.frontier_dicts(frontier)} if frontier else {}))
     else:
@@ -96,11 +98,13 @@ def curve(arguments: argparse.Namespace) -> int:
     """Show what every size costs."""
     from packager.cli import render
     from packager.cli.plot import curve_picture, require_plot
-    from packager.io.files import write_bytes
+    from packager.io.outputs import require_file, write_output
 
     if arguments.output:
         require_plot(arguments.output)
-    with _progress() as progress:
+        inputs = [arguments.map, *([arguments.text] if arguments.text else [])]
+        require_file(arguments.output, force=arguments.force, inputs=inputs)
+    with _progress(arguments) as progress:
         curve = packager.curve(
             arguments.map,
             profile=arguments.profile,
@@ -112,7 +116,7 @@ def curve(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.output:
-        write_bytes(arguments.output, curve_picture(curve, arguments.output.suffix))
+        write_output(arguments.output, curve_picture(curve, arguments.output.suffix))
     if arguments.json:
         _print_json(curve.to_dict())
     else:
@@ -122,7 +126,7 @@ def curve(arguments: argparse.Namespace) -> int:
 
 def build(arguments: argparse.Namespace) -> int:
     """Build a bundle from a map."""
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         built = packager.build(
             arguments.map,
             **_target(arguments),
@@ -141,7 +145,7 @@ def validate(arguments: argparse.Namespace) -> int:
     """Check a bundle."""
     from packager.cli import render
 
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         report = packager.validate(arguments.bundle, progress=progress)
     if arguments.json:
         _print_json(report.to_dict())
@@ -152,14 +156,55 @@ def validate(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate text."""
-    pieces = packager.run(arguments.bundle, prompt=arguments.prompt, tokens=arguments.tokens, chat=not arguments.raw)
-    if arguments.json:
-        _print_json({"prompt": arguments.prompt, "text": "".join(pieces)})
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    if arguments.chat:
+        from packager.cli.chat import talk
+
+        if unfit := [flag for flag in ("prompt", "raw", "json") if getattr(arguments, flag)]:
+            raise UsageError(f"--chat: not together with --{unfit[0]}")
+        conversation = packager.chat(arguments.bundle, system=arguments.system, tokens=arguments.tokens, **sampling)
+        _warn_of_report(arguments)
+        talk(conversation, quiet=arguments.quiet)
         return 0
-    for piece in pieces:
+    from packager.cli.prompt import prompt_of
+
+    prompt = prompt_of(arguments.prompt)
+    answer = packager.run(
+        arguments.bundle,
+        prompt=prompt,
+        tokens=arguments.tokens,
+        chat=not arguments.raw,
+        system=arguments.system,
+        **sampling,
+    )
+    valid = _warn_of_report(arguments)
+    if arguments.json:
+        text = "".join(answer)
+        counts = {"prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens}
+        speed = round(answer.tokens_per_second, 2)
+        found = {"prompt": prompt, "text": text, "tokens_per_second": speed, "valid": valid}
+        _print_json(found | counts)
+        return 0
+    for piece in answer:
         print(piece, end="", flush=True)
     print()
+    if arguments.verbose:
+        print(
+            f"packager: {answer.tokens} tokens after {answer.prompt_tokens} of the prompt, "
+            f"{answer.tokens_per_second:.1f} tokens/s",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _warn_of_report(arguments: argparse.Namespace) -> bool | None:
+    """Say so where a bundle, which was opened by now, is not known to be valid; whether it is."""
+    from packager.validation.report import verdict_of
+
+    verdict = verdict_of(arguments.bundle)
+    if verdict.words:
+        print(f"packager: warning: {verdict.words}", file=sys.stderr)
+    return verdict.valid
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -202,7 +247,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     if not arguments.base or arguments.output is None or arguments.output.suffix != ".toml":
         raise UsageError("profiles calibrate: expected --base NAME and -o FILE.toml")
-    with _progress() as progress:
+    with _progress(arguments) as progress:
         found = packager.calibrate_profile(
             arguments.base, out=arguments.output, force=arguments.force, progress=progress
         )
@@ -266,10 +311,10 @@ def _scoring(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names} | {"acip": given or None}
 
 
-def _progress() -> Bars:
+def _progress(arguments: argparse.Namespace) -> Bars:
     from packager.cli.progress_bars import Bars
 
-    return Bars()
+    return Bars(quiet=arguments.quiet, verbose=arguments.verbose)
 
 
 def _print_json(value: Any, *, sort_keys: bool = True) -> None:

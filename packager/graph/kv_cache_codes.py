@@ -11,13 +11,15 @@ torch's), and the cache then lies in memory once instead of twice.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from packager.errors import ExportError
-from packager.graph.names import ATTENTION, COSINES, KEY_SCALE, PAST_KEY
+from packager.graph.names import ATTENTION, CACHE_PREFIX, COSINES, KEY_SCALE, PAST_KEY
 from packager.graph.prefill import KvScales, PrefillInputs, branch_on_rows, count_rows, over_floats, unbranch
 
 LayerScales = Mapping[int, KvScales]
@@ -25,6 +27,7 @@ LayerScales = Mapping[int, KvScales]
 
 _MODE, _BITS = "PER_CHANNEL", 8
 _WINDOW = "local_window_size"
+_STATE = r"past\.\d+\.(conv|recurrent)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,8 @@ def cache_facts(graph: ir.Graph, provider: str) -> CacheFacts:
         refusal = f"the runtime reads 8-bit caches on the CPU only, this graph is for {provider}"
     elif readers != {ATTENTION}:
         refusal = f"its caches are read by {', '.join(sorted(readers)) or 'nothing'}, only {ATTENTION} reads 8-bit ones"
+    elif state_bytes(graph):
+        refusal = "some of its layers keep states of another kind beside the caches of the others"
     channels, interleaved = 0, False
     for node in graph:
         table = (
@@ -66,13 +71,19 @@ def cache_facts(graph: ir.Graph, provider: str) -> CacheFacts:
     return CacheFacts(layers=layers, rotary_channels=channels, rotary_interleaved=interleaved, refusal=refusal)
 
 
+def state_bytes(graph: ir.Graph) -> int:
+    """What the states of convolutions and linear attention that `graph` reads for one sequence take, in float32."""
+    shapes = [value.shape for value in graph.inputs if value.name and re.fullmatch(_STATE, value.name) and value.shape]
+    return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
+
+
 def quantise_caches(graph: ir.Graph, scales: LayerScales) -> None:
     """Make every cache of `graph` one of int8 codes. ExportError when layers and `scales` do not match one to one."""
     nodes = {_layer(node): node for node in graph if node.op_type == ATTENTION}
     if set(nodes) != set(scales):
         raise ExportError(
             f"the graph has caches in layers {sorted(nodes)}, the map has scales for {sorted(scales)}: they do not "
-            f"belong together"
+            "belong together"
         )
     prefills: dict[int, PrefillInputs] = {}
     for layer, node in nodes.items():
@@ -110,7 +121,7 @@ def widen_caches(graph: ir.Graph) -> None:
 
 
 def _caches(values: Iterable[ir.Value]) -> list[ir.Value]:
-    return [value for value in values if value.name and value.name.startswith(("past_key_values.", "present."))]
+    return [value for value in values if value.name and value.name.startswith((CACHE_PREFIX, "present."))]
 
 
 def _layer(node: ir.Node) -> int:

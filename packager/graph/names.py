@@ -12,6 +12,9 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 MATRIX_SUFFIX = ".MatMul.weight"
 
+CACHE_PREFIX = "past_key_values."
+"""What the graph's inputs of keys and values begin with."""
+
 ATTENTION = "GroupQueryAttention"
 QUERY, PAST_KEY, TOTAL, COSINES, KEY_SCALE = 0, 3, 6, 7, 12
 """Inputs of ATTENTION by number; values follow keys."""

@@ -7,7 +7,6 @@ building a size costs what copying it costs. A unit that meets no node, or a nod
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from packager.forms.registry import Form
 from packager.graph.drawing import NodeDrawing, constant
 from packager.graph.kv_cache_codes import LayerScales, quantise_caches
 from packager.graph.names import EMBEDDING, ROTARY_PREFIXES
+from packager.io.files import copy_range
 from packager.io.safetensors_ranges import Region
 
 _DTYPES = {
@@ -157,18 +157,12 @@ class _Surgeon:
     def _copy(self, region: Region) -> int:
         """Append the region to the data file, in the kernel where it can; returns where it starts."""
         start = self._align()
-        self._data.flush()
         with region.path.open("rb") as source:
-            offset, left = region.offset, region.length
-            while left:
-                moved = os.sendfile(self._data.fileno(), source.fileno(), offset, left)
-                if not moved:
-                    raise ExportError(
-                        f"{region.path} ends before byte {region.offset + region.length}: it is cut short, score the "
-                        f"model again"
-                    )
-                offset, left = offset + moved, left - moved
-        self._data.seek(0, os.SEEK_END)
+            if copy_range(source, region.offset, region.length, self._data) < region.length:
+                raise ExportError(
+                    f"{region.path} ends before byte {region.offset + region.length}: it is cut short, score the "
+                    "model again"
+                )
         return start
 
     def _external(

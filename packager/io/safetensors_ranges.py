@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import ArtifactError
+from packager.io.plain_json import strict_json
 
 _WIDTHS = {
     "BOOL": 1,
@@ -36,6 +38,7 @@ _WIDTHS = {
 }
 _HEADER_LIMIT = 100 << 20
 _CHUNK = 8 << 20
+_MOST_SIDES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +70,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 raise ArtifactError(
                     f"{path} is not a whole safetensors file: its header does not fit in its {size} bytes"
                 )
-            header = json.loads(file.read(length))
+            header = strict_json(file.read(length))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a whole safetensors file ({error})") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a whole safetensors file ({str(error)[:200]})") from error
     if not isinstance(header, dict):
         raise ArtifactError(f"{path}: expected a JSON object as header, found {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
@@ -86,15 +89,19 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTe
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         width = _WIDTHS[dtype]
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: header entry {name!r} is malformed ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise ArtifactError(f"{path}: header entry {ascii(name)[:80]} is malformed ({reason})") from None
+    numbers = (begin, end, *shape)
+    # Bounded first: a product of many large sides would take for ever.
     if (
-        not all(type(number) is int for number in (begin, end, *shape))
-        or any(side < 0 for side in shape)
-        or not 0 <= begin <= end
+        len(shape) > _MOST_SIDES
+        or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+        or begin > end
         or end - begin != math.prod(shape) * width
     ):
         raise ArtifactError(
-            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} does not match its offsets [{begin}, {end}]"
+            f"{path}: tensor {ascii(name)[:80]} of shape {reprlib.repr(shape)} and dtype {dtype} does not match its "
+            f"offsets {reprlib.repr([begin, end])}"
         )
     if start + end > size:
         raise ArtifactError(f"{path} is cut short: tensor {name!r} ends at byte {start + end}, the file has {size}")

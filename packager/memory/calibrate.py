@@ -25,6 +25,7 @@ from typing import Any
 
 from packager.errors import RuntimeCheckError, UsageError
 from packager.forms.registry import has_kernels, parse_form
+from packager.io.leftovers import scratch_folder
 from packager.memory.fit import Finding, Held, Reading, fit
 from packager.memory.synthetic import (
     ProcessSettings,
@@ -188,9 +189,9 @@ def calibrate(
     if profile.provider != "cpu":
         raise UsageError(
             f"profile {profile.name} is for {profile.provider}: the coefficients are those of ONNX Runtime's CPU "
-            f"kernels"
+            "kernels"
         )
-    if not memory():
+    if "anonymous_bytes" not in memory():
         raise RuntimeCheckError("this system has no /proc/self/status: the memory of a process cannot be measured here")
     possible = sum(_settings(profile, process) is not None for model in fitted.values() for process in model.processes)
     if possible < _LEAST_READINGS:
@@ -246,9 +247,9 @@ def _measure(
     progress.phase(phase, _count(models))
     readings = []
     for name, model in models.items():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with scratch_folder(folder) as scratch:
             synthetic = make_synthetic(
-                name, make_config(dict(model.config)), Path(scratch, "graph"), tokens=model.tokenizer_tokens
+                name, make_config(dict(model.config)), scratch / "graph", tokens=model.tokenizer_tokens
             )
             for process in model.processes:
                 title = (
@@ -257,7 +258,7 @@ def _measure(
                 )
                 settings = _settings(profile, process)
                 if settings is not None:
-                    found = read_process(synthetic, settings, Path(scratch, "bundle"))
+                    found = read_process(synthetic, settings, scratch / "bundle")
                     if isinstance(found, Reading):
                         readings.append((title, found))
                     else:
@@ -311,7 +312,11 @@ def _fault_bytes(folder: Path) -> int | None:
                 mapped.seek(at)
                 mapped.read_byte()
                 try:
-                    own = Path("/proc/self/smaps").read_text().partition(Path(file.name).name)[2]
+                    own = (
+                        Path("/proc/self/smaps")
+                        .read_text(encoding="utf-8", errors="replace")
+                        .partition(Path(file.name).name)[2]
+                    )
                 except OSError:
                     return None
                 found = re.search(r"^Rss: +(\d+) kB", own, re.MULTILINE)
@@ -323,7 +328,7 @@ def _machine() -> str:
     """Architecture and processor, as well as the system tells."""
     for path, key in (("/proc/cpuinfo", "model name"), ("/proc/device-tree/model", "")):
         try:
-            lines: Sequence[str] = Path(path).read_text(errors="replace").splitlines()
+            lines: Sequence[str] = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
         names = [line.partition(":")[2].strip() if key else line.rstrip("\0") for line in lines if line.startswith(key)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from packager.errors import UnsupportedModelError
 from packager.io.files import read_json
+from packager.io.records import Count, Dimension, Layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,23 +24,31 @@ class Geometry:
     Of `layers`, `sliding_layers` keep only the last `sliding_window` tokens. `cache_element_bytes` is 1 where the cache
     holds 8-bit codes; 0 where it holds the runtime's floats, whose width the coefficients know. In a context beyond
     `whole_prompt_tokens` a prompt must be prefilled in one piece, for its later tokens change what its first ones are
-    (longrope); 0 where any piece will do.
+    (longrope); 0 where any piece will do. `cacheless_layers` keep no keys and values (convolutions, linear
+    attention); `hybrid_bytes` is what such layers hold whatever the context: their states and their kernels.
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    nodes: int
-    tokenizer_bytes: int
-    tokenizer_entries: int = 0
-    sliding_window: int = 0
-    sliding_layers: int = 0
-    cache_element_bytes: int = 0
-    whole_prompt_tokens: int = 0
+    layers: Layers
+    hidden: Dimension
+    intermediate: Dimension
+    heads: Dimension
+    kv_heads: Dimension
+    head_dim: Dimension
+    vocab: Dimension
+    nodes: Count
+    tokenizer_bytes: Count
+    tokenizer_entries: Count = 0
+    sliding_window: Count = 0
+    sliding_layers: Layers = 0
+    cache_element_bytes: Count = 0
+    whole_prompt_tokens: Count = 0
+    cacheless_layers: Layers = 0
+    hybrid_bytes: Count = 0
+
+    @property
+    def whole_cache_layers(self) -> int:
+        """Layers whose cache holds every token of the context."""
+        return self.layers - self.sliding_layers - self.cacheless_layers
 
     def chunk_tokens(self, wanted: int, context_tokens: int) -> int:
         """The largest piece of a prompt in a context: as `wanted`, or the whole of it where it must not be cut."""
@@ -48,10 +57,17 @@ class Geometry:
 
 
 def read_geometry(
-    config: PretrainedConfig, *, nodes: int, tokenizer: Path, genai: Mapping[str, Any], whole_prompt_tokens: int = 0
+    config: PretrainedConfig,
+    *,
+    nodes: int,
+    tokenizer: Path,
+    genai: Mapping[str, Any],
+    whole_prompt_tokens: int = 0,
+    cacheless_layers: int = 0,
+    hybrid_bytes: int = 0,
 ) -> Geometry:
-    """Geometry of a decoder; `nodes` of its exported graph, its tokenizer.json, the exporter's genai_config.json, and
-    the context beyond which a prompt is one piece, if there is one.
+    """Geometry of a decoder; `nodes` of its exported graph, its tokenizer.json, the exporter's genai_config.json, the
+    context beyond which a prompt is one piece, if there is one, and what layers without keys and values come to.
 
     optimum knows the attribute names of each architecture; where it does not know the architecture, the plain names
     are tried. Raises UnsupportedModelError naming what is missing.
@@ -90,6 +106,8 @@ def read_geometry(
         sliding_window=int(sliding.get("window_size", 0)),
         whole_prompt_tokens=whole_prompt_tokens,
         sliding_layers=len(sliding.get("layers", [])),
+        cacheless_layers=cacheless_layers,
+        hybrid_bytes=hybrid_bytes,
     )
 
 

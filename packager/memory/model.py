@@ -170,6 +170,8 @@ def estimate(
         entries * coefficients.tokenizer_live_bytes_per_entry,
         entries * coefficients.tokenizer_freed_bytes_per_entry,
     )
+    states = MemoryItem(name="states of convolutions and linear attention", bytes=geometry.hybrid_bytes)
+    hybrid = (states,) if states.bytes else ()
     cache = cache_bytes(geometry, context_tokens, chunk_tokens, coefficients)
     chunk = min(chunk_tokens, prompt_tokens)
     prefill = activation_bytes(geometry, chunk, coefficients)
@@ -184,6 +186,7 @@ def estimate(
         MemoryItem(name="freed tokenizer memory, not reused", bytes=freed - reused),
         MemoryItem(name="key/value cache", bytes=cache),
         MemoryItem(name="rotary embedding tables", bytes=context_tokens * geometry.head_dim * _FLOAT),
+        *hybrid,
     )
     past = (MemoryItem(name="one layer's key/value cache, dequantised", bytes=widened),) if widened else ()
     return MemoryEstimate(
@@ -209,8 +212,7 @@ def estimate(
 def cache_bytes(geometry: Geometry, context_tokens: int, chunk_tokens: int, coefficients: MemoryCoefficients) -> int:
     """Keys and values of every layer for the whole context, or for its window and one chunk; past and present share one
     buffer."""
-    full = geometry.layers - geometry.sliding_layers
-    tokens = full * context_tokens + geometry.sliding_layers * min(
+    tokens = geometry.whole_cache_layers * context_tokens + geometry.sliding_layers * min(
         context_tokens, geometry.sliding_window + chunk_tokens
     )
     return (
@@ -249,7 +251,7 @@ def activation_bytes(geometry: Geometry, rows: int, coefficients: MemoryCoeffici
 
 
 def _branched_layers(geometry: Geometry) -> int:
-    return geometry.layers - geometry.sliding_layers if geometry.cache_element_bytes == 1 else 0
+    return geometry.whole_cache_layers if geometry.cache_element_bytes == 1 else 0
 
 
 def _touched_bytes(table_bytes: int, tokens: int | None, coefficients: MemoryCoefficients) -> int:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form
 from packager.graph.names import EMBEDDING, GENAI_FILE, GRAPH_FILE, HEAD
-from packager.graph.skeleton import Matrix, export_skeleton
+from packager.graph.skeleton import Matrix, export_skeleton, side_parameters
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.files import read_json
 from packager.io.safetensors_ranges import Region
@@ -74,14 +74,15 @@ def make_synthetic(
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 0, 0
-    vectors = {key: torch.ones(value.shape) for key, value in model.named_parameters() if value.dim() == 1}
+    vectors = {key: torch.ones(value.shape) for key, value in side_parameters(model)}
     matrices, nodes = export_skeleton(config, vectors, "cpu", folder)
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.json")
     else:
         _make_tokenizer(tokens or config.vocab_size, folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"})
+        json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}),
+        encoding="utf-8",
     )
     geometry = read_geometry(
         config, nodes=nodes, tokenizer=folder / "tokenizer.json", genai=read_json(folder / GENAI_FILE)
@@ -170,7 +171,7 @@ def write_synthetic(model: SyntheticModel, settings: ProcessSettings, out: Path)
     genai = bounded_config(read_json(model.folder / GENAI_FILE), bounds)
     # Random weights may say stop at once.
     genai["search"]["min_length"] = settings.context_tokens
-    (out / GENAI_FILE).write_text(json.dumps(genai))
+    (out / GENAI_FILE).write_text(json.dumps(genai), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model.folder / name, out)
     # Frequent tokens have low ids. This exponent touches as many pages of an embedding as English text and Python code

@@ -16,7 +16,7 @@ from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, form_nodes, has_kernels, parse_form
 from packager.io.files import read_json, sha256_json
-from packager.io.records import from_plain
+from packager.io.records import Amount, Count, Dimension, Positive, from_plain
 from packager.memory.geometry import Geometry
 from packager.memory.model import MemoryEstimate, estimate, looked_up_bytes, resident_bytes
 from packager.planning import contexts, kv_cache_choice
@@ -63,16 +63,16 @@ class Plan:
     map_sha256: str
     profile: str
     profile_sha256: str
-    budget_bytes: int
-    context_tokens: int
-    prompt_tokens: int
+    budget_bytes: Positive
+    context_tokens: Dimension
+    prompt_tokens: Dimension
     choices: dict[str, str]
-    prefix: int
-    moves: int
-    file_bytes: int
-    ratio: float
+    prefix: Count
+    moves: Count
+    file_bytes: Count
+    ratio: Amount
     loss_nats: float
-    peak_bytes: int
+    peak_bytes: Count
     memory: PredictedMemory
     cache: str = FLOAT
     cache_nats: float = 0.0
@@ -91,6 +91,14 @@ class Plan:
         if data.get("schema") != SCHEMA:
             raise ArtifactError(f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: plan again")
         return from_plain(cls, data, where)
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan of ours, of whatever version, that another may replace."""
+    try:
+        return {"schema", "map_sha256", "choices"} <= read_json(path).keys()
+    except ArtifactError:
+        return False
 
 
 def profile_hash(profile: DeviceProfile) -> str:
@@ -334,7 +342,7 @@ def bounded_context(opened: OpenedMap, profile: DeviceProfile, context_tokens: i
     if not LEAST_CONTEXT_TOKENS <= context_tokens <= longest:
         raise UsageError(
             f"context {context_tokens} tokens: expected at least {LEAST_CONTEXT_TOKENS} and at most {longest}, "
-            f"the model's own"
+            "the model's own"
         )
     return context_tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from packager.errors import ArtifactError
+from packager.io.records import Count
 from packager.memory.model import MemoryEstimate
 
 
@@ -15,9 +16,9 @@ class PredictedMemory:
     ArtifactError where `peak_phase` is none of the phases.
     """
 
-    peak_bytes: int
+    peak_bytes: Count
     peak_phase: str
-    phases: dict[str, dict[str, int]]
+    phases: dict[str, dict[str, Count]]
 
     def __post_init__(self) -> None:
         if self.peak_phase not in self.phases:

@@ -108,7 +108,7 @@ def within_error_text(margin_bytes: int) -> str:
     """What to say of a budget that is nearer to the smallest model's need than predictions are exact."""
     return (
         f"the budget is within the prediction's error ({format_size(margin_bytes)}) of the smallest model's need: it "
-        f"may turn out too little"
+        "may turn out too little"
     )
 
 

@@ -178,8 +178,8 @@ def measured_curve(curve: Curve, text: str, source: Nats, losses: Mapping[int, N
     """
     points, larger, monotone = list(curve.points), None, True
     for position in sorted(losses, reverse=True):
-        rise = _blocks(losses[position] - source)
-        step = _blocks(losses[position] - larger) if larger is not None else None
+        rise = blocks(losses[position] - source)
+        step = blocks(losses[position] - larger) if larger is not None else None
         measured = Measured(
             rise_nats=float((losses[position] - source).mean()),
             noise_nats=standard_error(rise),
@@ -195,8 +195,8 @@ def measured_curve(curve: Curve, text: str, source: Nats, losses: Mapping[int, N
     return replace(curve, points=tuple(points), measurement=measurement)
 
 
-def _blocks(differences: Nats) -> Nats:
-    """Means of whole blocks of tokens, in a row; of halves where there is but one."""
+def blocks(differences: Nats) -> Nats:
+    """Means of whole blocks of 64 tokens, in a row, of any differences in nats; of halves where there is but one."""
     flat = differences.reshape(-1)
     width = min(_BLOCK_TOKENS, len(flat) // 2)
     means: Nats = flat[: len(flat) // width * width].reshape(-1, width).mean(axis=1)

@@ -1,25 +1,36 @@
 """A child process under a hard memory limit, where the system offers one.
 
-cgroup v2, cgroup v1, or a systemd user scope, in this order; without any the run is free and the result says "not
-enforced". RLIMIT_AS is no substitute: address space is not memory.
+cgroup v2, cgroup v1, or a systemd user scope, in this order, and on Windows a job object; without any the run is free
+and the result says "not enforced". RLIMIT_AS is no substitute: address space is not memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packager.io.leftovers import abandoned, owned
+from packager.runtime.processes import KILLED, run_child
+from packager.runtime.windows_jobs import Job
+
 _ROOT = Path("/sys/fs/cgroup")
 _SWAPS = Path("/proc/swaps")
-_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+_KILLED = (KILLED, 128 - KILLED)
 _PROBE_SECONDS = 10
-_V2, _V1, _SYSTEMD = "cgroup v2", "cgroup v1", "systemd scope"
+_REMOVALS, _BETWEEN_REMOVALS_SECONDS = 20, 0.02
+_V2, _V1, _SYSTEMD, _JOB = "cgroup v2", "cgroup v1", "systemd scope", "job object, on committed memory"
+_GROUP = "packager-"
+_NEARLY = 0.95
+"""Of a job object's limit: a request that was refused is not counted."""
 _SETTINGS = {
     _V2: ("memory.max", "memory.swap.max"),
     # The second includes what is swapped; kernels without swap accounting lack it.
@@ -54,8 +65,11 @@ class LimitedRun:
     @property
     def killed_at_limit(self) -> bool:
         """Whether the kernel ended the child for its memory: as its group says, or where none does, by the signal."""
-        killed = self.enforced is not None and not self.timed_out and self.returncode in _KILLED
-        return killed and self.oom_killed is not False
+        if self.enforced is None or self.timed_out:
+            return False
+        if self.enforced == _JOB:  # where memory is refused, not the process killed
+            return self.returncode != 0 and self.oom_killed is True
+        return self.returncode in _KILLED and self.oom_killed is not False
 
     @property
     def ending(self) -> str:
@@ -84,50 +98,38 @@ def run_limited(command: Sequence[str], limit_bytes: int | None, *, timeout_seco
 
     The child announces its phases on stderr as "phase: NAME" lines.
     """
-    timed_out = False
     with _limited(limit_bytes) as limit:
-        try:
-            done = subprocess.run(
-                [*limit.prefix, *command], capture_output=True, text=True, timeout=timeout_seconds, check=False
-            )
-            code, out, err = done.returncode, done.stdout, done.stderr
-        except subprocess.TimeoutExpired as expired:
-            code, timed_out = -signal.SIGKILL, True
-            out, err = (
-                (stream or b"").decode(errors="replace") if isinstance(stream, bytes) else (stream or "")
-                for stream in (expired.stdout, expired.stderr)
-            )
+        done = run_child([*limit.prefix, *command], timeout_seconds=timeout_seconds, started=limit.take)
         oom_killed, charged = limit.oom_killed(), limit.charged_bytes()
-    phases = [line.removeprefix("phase: ") for line in err.splitlines() if line.startswith("phase: ")]
+    phases = [line.removeprefix("phase: ") for line in done.stderr.splitlines() if line.startswith("phase: ")]
     return LimitedRun(
-        returncode=code,
-        stdout=out,
-        stderr=err,
+        returncode=done.returncode,
+        stdout=done.stdout,
+        stderr=done.stderr,
         enforced=limit.name,
-        timeout_seconds=timeout_seconds if timed_out else None,
+        timeout_seconds=timeout_seconds if done.timed_out else None,
         last_phase=phases[-1] if phases else "start",
         oom_killed=oom_killed,
         charged_bytes=charged,
     )
 
 
-def peak_bytes() -> int | None:
-    """The most resident memory this process has had so far (`VmHWM`); None where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Limit:
-    """What stands before a command to limit it, by which mechanism, and the control group, where it is one of ours."""
+    """What stands before a command to limit it, by which mechanism, and the control group, where it is one of ours; on
+    Windows the job that the process is put in, with its limit."""
 
     prefix: tuple[str, ...] = ()
     mechanism: str | None = None
     group: Path | None = None
     swaps: bool = False
+    job: Job | None = None
+    job_bytes: int | None = None
+
+    def take(self, process: subprocess.Popen[str]) -> None:
+        """Put a process in the job, where there is one."""
+        if self.job is not None:
+            self.job.add(process._handle)  # type: ignore[attr-defined]  # Windows alone has it, and it is documented nowhere
 
     @property
     def name(self) -> str | None:
@@ -135,32 +137,43 @@ class _Limit:
         return f"{self.mechanism}, swap not limited" if self.swaps else self.mechanism
 
     def oom_killed(self) -> bool | None:
-        """Whether the group's limit ended a process; None where nothing says."""
+        """Whether the group's limit ended a process, or the job's was come near to; None where nothing says."""
+        if self.job is not None and self.job_bytes is not None:
+            used = self.job.peak_bytes()
+            return None if used is None else used >= _NEARLY * self.job_bytes
         if self.group is None or self.mechanism is None:
             return None
         with contextlib.suppress(OSError, ValueError):
-            for line in (self.group / _KILLS[self.mechanism]).read_text().splitlines():
+            for line in (self.group / _KILLS[self.mechanism]).read_text(encoding="utf-8").splitlines():
                 if line.startswith("oom_kill "):
                     return int(line.split()[1]) > 0
         return None
 
     def charged_bytes(self) -> int | None:
-        """The most memory that was charged to the group."""
+        """The most memory that was charged to the group or the job."""
+        if self.job is not None:
+            return self.job.peak_bytes()
         if self.group is None or self.mechanism is None:
             return None
         with contextlib.suppress(OSError, ValueError):
-            return int((self.group / _PEAK[self.mechanism]).read_text())
+            return int((self.group / _PEAK[self.mechanism]).read_text(encoding="utf-8"))
         return None
 
 
 @contextlib.contextmanager
 def _limited(limit_bytes: int | None) -> Iterator[_Limit]:
     """The limit for one run; its group is removed afterwards."""
+    if os.name == "nt":
+        with _job(limit_bytes) as held:
+            yield held
+        return
     if limit_bytes is None:
         yield _Limit()
         return
     for mechanism, parents in ((_V2, _parents_v2()), (_V1, _parents_v1())):
         for parent in parents:
+            for dead in abandoned(parent, _GROUP):
+                _remove(dead)
             found = _make_group(parent, mechanism, limit_bytes)
             if found is not None:
                 try:
@@ -172,10 +185,24 @@ def _limited(limit_bytes: int | None) -> Iterator[_Limit]:
     yield _Limit(prefix=scope, mechanism=_SYSTEMD) if _systemd_limits(scope, limit_bytes) else _Limit()
 
 
+@contextlib.contextmanager
+def _job(limit_bytes: int | None) -> Iterator[_Limit]:
+    """The job object of one run, which ends what is in it; none where Windows refuses one."""
+    try:
+        job = Job(limit_bytes)
+    except OSError:
+        yield _Limit()
+        return
+    try:
+        yield _Limit(job=job, job_bytes=limit_bytes, mechanism=_JOB if limit_bytes is not None else None)
+    finally:
+        job.close()
+
+
 def _own_path(controller: str) -> str | None:
     """This process's group under `controller` ("" for v2), from /proc/self/cgroup."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     for line in lines:
@@ -200,15 +227,15 @@ def _parents_v1() -> list[Path]:
 def _make_group(parent: Path, mechanism: str, limit_bytes: int) -> _Limit | None:
     """A new group under `parent` that holds what enters it to the limit; None where the system does not let us."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix="packager-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=owned(_GROUP), dir=parent))
     except OSError:
         return None
     memory, swap = _SETTINGS[mechanism]
     swaps = False
     try:
-        (folder / memory).write_text(str(limit_bytes))
+        (folder / memory).write_text(str(limit_bytes), encoding="utf-8")
         try:
-            (folder / swap).write_text("0" if mechanism == _V2 else str(limit_bytes))
+            (folder / swap).write_text("0" if mechanism == _V2 else str(limit_bytes), encoding="utf-8")
         except OSError:
             swaps = _has_swap()
         # The shell enters the group and becomes the command: nothing of this process runs between fork and exec.
@@ -218,18 +245,29 @@ def _make_group(parent: Path, mechanism: str, limit_bytes: int) -> _Limit | None
     except (OSError, subprocess.SubprocessError):
         _remove(folder)
         return None
+    except BaseException:  # a signal that asks this process to end
+        _remove(folder)
+        raise
     return _Limit(prefix=enter, mechanism=mechanism, group=folder, swaps=swaps)
 
 
 def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        with contextlib.suppress(OSError):
+    if folder is None:
+        return
+    # The kernel takes a moment to let go of a group whose processes it has ended.
+    for _ in range(_REMOVALS):
+        try:
             folder.rmdir()
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return
+        time.sleep(_BETWEEN_REMOVALS_SECONDS)
 
 
 def _has_swap() -> bool:
     with contextlib.suppress(OSError):
-        return len(_SWAPS.read_text().splitlines()) > 1
+        return len(_SWAPS.read_text(encoding="utf-8").splitlines()) > 1
     return False
 
 
@@ -240,7 +278,9 @@ def _systemd_limits(scope: Sequence[str], limit_bytes: int) -> bool:
         return False
     ask = ["sh", "-c", f'cat "{_ROOT}/$(sed -n s/^0:://p /proc/self/cgroup)/memory.max"']
     try:
-        done = subprocess.run([*scope, *ask], capture_output=True, text=True, check=False, timeout=_PROBE_SECONDS)
+        done = subprocess.run(
+            [*scope, *ask], capture_output=True, encoding="utf-8", check=False, timeout=_PROBE_SECONDS
+        )
     except subprocess.TimeoutExpired:  # no session bus answers
         return False
     # The kernel rounds down to whole pages.

@@ -22,5 +22,5 @@ def require_supported(provider: str) -> None:
     if wanted not in ort.get_available_providers():
         raise RuntimeCheckError(
             f"this machine's ONNX Runtime has no {wanted}: validate on the device with check.py, or build with "
-            f"--no-validate"
+            "--no-validate"
         )

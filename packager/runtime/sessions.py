@@ -1,8 +1,8 @@
-"""Decoders on ONNX Runtime: every token's logits, and generated text."""
+"""Decoders on ONNX Runtime: every token's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from packager.errors import RuntimeCheckError
 from packager.graph.kv_cache_codes import widen_caches
-from packager.runtime.device_check import encode, strip, text_rules
-from packager.runtime.tokenizer_probe import render_chat
+from packager.graph.names import CACHE_PREFIX
 
 _PRUNE = "/lm_head/prune/Gather"
 _UNSQUEEZE = "/lm_head/prune/Unsqueeze"
@@ -54,9 +53,13 @@ def run_window(
         elif value.name == "attention_mask":
             feeds[value.name] = np.ones((1, len(window)), np.int64)
         elif value.name == "position_ids":
-            feeds[value.name] = np.arange(len(window), dtype=np.int64)[None]
+            positions = np.arange(len(window), dtype=np.int64)[None]
+            # Text has the same position thrice where a model counts pictures in rows and columns beside it.
+            feeds[value.name] = positions if len(value.shape) == 2 else np.stack([positions] * value.shape[0])
         else:
-            shape = [1, value.shape[1], 0, value.shape[3] if isinstance(value.shape[3], int) else cache_width]
+            shape = [1, *value.shape[1:]]
+            if value.name.startswith(CACHE_PREFIX):  # others are states of convolutions and linear attention
+                shape[2:] = [0, shape[3] if isinstance(shape[3], int) else cache_width]
             feeds[value.name] = np.zeros(
                 shape, {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[value.type]
             )
@@ -93,43 +96,3 @@ def full_logits_session(graph_path: Path, *, threads: int = 0, float_kernels: bo
         return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise RuntimeCheckError(f"ONNX Runtime refuses {graph_path}: {str(error)[:300]}") from error
-
-
-def generate(root: Path, prompt: str, *, context_tokens: int, most_tokens: int, chat: bool) -> Iterator[str]:
-    """Pieces of the greedy answer to `prompt` of the model in folder `root`, as they come.
-
-    At most `most_tokens`, and no more than `context_tokens` with the prompt; `chat` puts the prompt into the model's
-    own template.
-    """
-    import onnxruntime_genai as og
-
-    try:
-        model = og.Model(str(root))
-        tokenizer, rules = og.Tokenizer(model), text_rules(root)
-        text = prompt
-        if chat:
-            text = render_chat(root, [{"role": "user", "content": prompt}])
-        ids = encode(tokenizer, text, rules, bare=not chat)
-        if len(ids) >= context_tokens:
-            raise RuntimeCheckError(
-                f"the prompt has {len(ids)} tokens, the bundle's context is {context_tokens}: shorten the prompt "
-                f"or pack with a longer --context"
-            )
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=min(context_tokens, len(ids) + most_tokens), do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(ids)
-        stream = tokenizer.create_stream()
-        kept: str | None = ""
-        while not generator.is_done():
-            generator.generate_next_token()
-            piece = str(stream.decode(generator.get_next_tokens()[0]))
-            if kept is not None:
-                # The spaces that the model's own tokenizer takes off may come in several pieces.
-                kept += piece
-                if not kept.strip(" "):
-                    continue
-                piece, kept = strip(kept, rules), None
-            yield piece
-    except RuntimeError as error:
-        raise RuntimeCheckError(f"onnxruntime-genai failed on {root}: {str(error)[:300]}") from error

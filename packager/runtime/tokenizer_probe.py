@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from packager.errors import RuntimeCheckError
+from packager.io.leftovers import scratch_folder
 from packager.runtime.device_check import decode, encode
 from packager.runtime.limits import LimitedRun, run_limited
 
@@ -30,8 +30,8 @@ Message = Mapping[str, str]
 def ask(request: Mapping[str, Any]) -> list[Any]:
     """The child's answers to `request`. RuntimeCheckError when it crashed, grew beyond LIMIT_BYTES or took longer than
     SECONDS."""
-    with tempfile.TemporaryDirectory(prefix="packager-") as scratch:
-        path = Path(scratch, "request.json")
+    with scratch_folder() as scratch:
+        path = scratch / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
         done = run_limited(
             [sys.executable, "-m", "packager.runtime.tokenizer_probe", str(path)], LIMIT_BYTES, timeout_seconds=SECONDS
@@ -123,11 +123,12 @@ def _tried(make: Callable[[Mapping[str, Any]], Any], item: Mapping[str, Any]) ->
 
 def main(path: str) -> int:
     """Answer the request in the file `path`."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+    if sys.platform != "win32":
+        with contextlib.suppress(ImportError, OSError, ValueError):
+            import resource
 
-        # Where no control group can be had this still bounds a template that grows for ever.
-        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_BYTES, _ADDRESS_BYTES))
+            # Where no control group can be had this still bounds a template that grows for ever.
+            resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_BYTES, _ADDRESS_BYTES))
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     tasks = {"tokenize": _tokenize, "chat": _chat, "jinja": _jinja}
     answers = tasks[request["task"]](request)

@@ -19,16 +19,19 @@ from typing import Any
 from packager.errors import ArtifactError
 from packager.forms.registry import Form
 from packager.graph.names import GENAI_FILE, GRAPH_FILE
-from packager.io.files import MAP_MARK, read_json
+from packager.io.files import read_json
+from packager.io.outputs import Artefact
 from packager.io.safetensors_ranges import Region, StoredTensor, read_header, sha256_region
 from packager.scoremap.reference import REFERENCE_FILE, ReferenceFile
 
-IDENTITY_FILE = MAP_MARK
+IDENTITY_FILE = "map.json"
 SCOREMAP_FILE = "scoremap.safetensors"
 STORE_FILE = "store.safetensors"
 DIGESTS_FILE = "store.json"
 SKELETON_FOLDER = "skeleton"
 SIDE_FOLDER = "model"
+MAP = Artefact(noun="map", marker=IDENTITY_FILE, keys=("model", "files"), listed=lambda identity: identity["files"])
+"""What tells a map from other folders."""
 
 
 def option_key(form: str, tensor: str) -> str:
@@ -146,6 +149,6 @@ class Store:
             if sha256_region(regions[name]) != self.digests.get(key):
                 raise ArtifactError(
                     f"{self.path}: the bytes of {key!r} are not those that were scored: the store is damaged, score "
-                    f"the model again"
+                    "the model again"
                 )
         return regions

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import ArtifactError, UsageError
-from packager.io.files import read_json, sha256_file
-from packager.io.records import from_plain
+from packager.io.files import read_json, require_distinct, sha256_file
+from packager.io.records import Count, Dimension, Positive, from_plain
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
 from packager.scoremap.folder import IDENTITY_FILE, SCOREMAP_FILE, MapFolder
@@ -24,9 +24,9 @@ class ModelIdentity:
     source: str
     sha256: str
     architecture: str
-    parameters: int
-    float16_bytes: int
-    max_context_tokens: int
+    parameters: Positive
+    float16_bytes: Positive
+    max_context_tokens: Dimension
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,10 @@ class CalibrationIdentity:
 
     text: str
     sha256: str
-    tokens: int
+    tokens: Count
+
+
+_OF_HYBRIDS = ("cacheless_layers", "hybrid_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +84,12 @@ class MapIdentity:
     int8_cache: CacheScore | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `map.json`."""
-        return asdict(self)
+        """Plain data for `map.json`; what only hybrid models have is left out of the others'."""
+        plain = asdict(self)
+        plain["geometry"] = {
+            name: value for name, value in plain["geometry"].items() if value or name not in _OF_HYBRIDS
+        }
+        return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> MapIdentity:
@@ -105,11 +112,12 @@ def read_identity(root: Path) -> MapIdentity:
             f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
         )
     identity = MapIdentity.from_dict(data, str(path))
+    require_distinct(identity.files, str(path))
     found = sha256_file(folder.scoremap)
     if identity.files.get(SCOREMAP_FILE) != found:
         raise ArtifactError(
             f"{folder.scoremap} is not the file that {IDENTITY_FILE} names (sha256 {found[:12]}…): score the model "
-            f"again"
+            "again"
         )
     return identity
 

@@ -6,7 +6,6 @@ losses of all options and the moves. Planning reads this file and `map.json` and
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,11 +19,13 @@ from packager.errors import ArtifactError
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, parse_form
 from packager.io.files import dump_json
-from packager.io.records import from_plain
+from packager.io.plain_json import strict_json
+from packager.io.records import Count, Dimension, from_plain
 from packager.scoremap.folder import SCOREMAP_FILE, MapFolder
 
 SCHEMA = 2
 _METADATA_KEY = "scoremap"
+_MOST_LABEL = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +37,10 @@ class Unit:
 
     name: str
     kind: Kind
-    rows: int
-    cols: int
+    rows: Dimension
+    cols: Dimension
     matrix: str
-    start: int = 0
+    start: Count = 0
 
     @property
     def elements(self) -> int:
@@ -130,7 +131,7 @@ def restricted(scoremap: ScoreMap, allowed: Callable[[Unit, Form], bool]) -> Sco
         if not chain:
             raise ArtifactError(
                 f"unit {unit.name}: none of its options runs on this device; score again with options it has kernels "
-                f"for"
+                "for"
             )
     if all(len(some) == len(chain) for some, chain in zip(kept, scoremap.options, strict=True)):
         return scoremap
@@ -171,12 +172,14 @@ def read_map(root: Path) -> ScoreMap:
         raise ArtifactError(f"{root} is not a score map ({SCOREMAP_FILE} is missing): make one with 'packager score'")
     try:
         with safe_open(path, framework="numpy") as file:
-            described = json.loads((file.metadata() or {})[_METADATA_KEY])
+            described = strict_json((file.metadata() or {})[_METADATA_KEY])
             sizes, losses, moves = (file.get_tensor(name) for name in ("option_bytes", "option_loss_nats", "moves"))
         if described.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"{path} has schema {described.get('schema')!r}, this version reads {SCHEMA}: score the model again"
             )
+        if unknown := sorted(set(described) - {"schema", "units"}):
+            raise ValueError(f"key {unknown[0]!a} is unknown")
         entries = [dict(entry) for entry in described["units"]]
         labels = [[str(label) for label in entry.pop("options")] for entry in entries]
         if (
@@ -184,16 +187,20 @@ def read_map(root: Path) -> ScoreMap:
             or sizes.shape != (sum(map(len, labels)),)
             or moves.ndim != 2
             or moves.shape[1] != 2
+            or (sizes.dtype, losses.dtype, moves.dtype) != (np.int64, np.float64, np.int32)
         ):
             raise ValueError(
                 f"arrays of shapes {sizes.shape}, {losses.shape}, {moves.shape} for {sum(map(len, labels))} options"
             )
+        if not all(labels) or not all(len(label) <= _MOST_LABEL for chain in labels for label in chain):
+            raise ValueError("a unit without options, or one with an endless name")
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}): score the model again") from error
-    units, chains, position = [], [], 0
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ArtifactError(f"{path} is damaged ({reason}): score the model again") from error
+    units, chains, position, seen = [], [], 0, set[str]()
     for number, (entry, names) in enumerate(zip(entries, labels, strict=True)):
         unit = from_plain(Unit, entry, f"{path}: units[{number}]")
-        chain = []
+        chain: list[Option] = []
         for label in names:
             where = f"{path}: units[{unit.name!r}].options[{label}]"
             try:
@@ -208,8 +215,15 @@ def read_map(root: Path) -> ScoreMap:
                 raise ArtifactError(
                     f"{where} claims {option.bytes} bytes and loss {option.loss_nats}, expected {exact} bytes"
                 )
+            if chain and option.bytes >= chain[-1].bytes:
+                raise ArtifactError(
+                    f"{where} is no smaller than the option before it: the file is damaged, score the model again"
+                )
             chain.append(option)
             position += 1
+        if unit.name in seen:
+            raise ArtifactError(f"{path}: unit {unit.name!a} stands twice: the file is damaged, score the model again")
+        seen.add(unit.name)
         units.append(unit)
         chains.append(tuple(chain))
     scoremap = ScoreMap(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packager.errors import ArtifactError
-from packager.io.files import inner_path, sha256_file
+from packager.io.files import inner_path, refuse_stray_links, sha256_file
 from packager.memory.geometry import Geometry
 from packager.profile import FLOAT, INT8
 from packager.scoremap.anchors import Anchor, monotone
@@ -48,6 +48,7 @@ class OpenedMap:
 
         The store's tensors are checked as they are copied, for hashing all of it would cost more than building.
         """
+        refuse_stray_links(self.folder.root, [*self.identity.files, IDENTITY_FILE])
         for name, expected in self.identity.files.items():
             path = inner_path(self.folder.root, name)
             if not path.is_file():
@@ -55,7 +56,7 @@ class OpenedMap:
             if name != STORE_FILE and sha256_file(path) != expected:
                 raise ArtifactError(
                     f"{path} is not the file that {IDENTITY_FILE} names: it was altered or damaged, score the model "
-                    f"again"
+                    "again"
                 )
 
 

@@ -2,7 +2,7 @@
 
 Scoring writes it into the map, a build copies it into the bundle. Its tensors:
 
-vector.NAME               one-dimensional parameters (norms, biases) by their name in the model, float32
+vector.NAME               what is no unit's (norms, biases, kernels of convolutions) by its name in the model, float32
 heldout                   (windows, length) token ids of the held-out text, int32
 heldout_nats              (windows, length - 1) what each token but the first costs the source model, float32
 cache.LAYER.key, .value   the scales of a cache of 8-bit codes, where the map has one
@@ -53,29 +53,47 @@ class ReferenceFile:
         """The held-out text and its losses."""
         stored = self._tensors()
         try:
-            return HeldOut(windows=stored[HELD_OUT].astype(np.int64), source_nats=stored[_NATS])
+            windows, nats = stored[HELD_OUT], stored[_NATS]
         except KeyError as error:
             raise self._lacks(error) from None
+        count, length = windows.shape if windows.ndim == 2 else (0, 0)
+        if windows.dtype != np.int32 or count < 1 or length < 2 or int(windows.min()) < 0:
+            raise self._odd(HELD_OUT, "windows of at least two token ids")
+        if nats.dtype != np.float32 or nats.shape != (count, length - 1) or not np.isfinite(nats).all():
+            raise self._odd(_NATS, "a finite loss for each token of the windows but the first")
+        return HeldOut(windows=windows.astype(np.int64), source_nats=nats)
 
     def vectors(self) -> dict[str, NDArray[np.float32]]:
-        """One-dimensional parameters by their name in the model."""
-        return {
-            name.removeprefix(_VECTOR): tensor for name, tensor in self._tensors().items() if name.startswith(_VECTOR)
-        }
+        """Parameters that are no unit's matrix by their name in the model."""
+        found = {name: tensor for name, tensor in self._tensors().items() if name.startswith(_VECTOR)}
+        for name, tensor in found.items():
+            if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
+                raise self._odd(name, "finite float32 numbers")
+        return {name.removeprefix(_VECTOR): tensor for name, tensor in found.items()}
 
     def kv_scales(self) -> LayerScales:
         """Layer → the scales of its keys and values; empty where the map has no cache of 8-bit codes."""
         stored = self._tensors()
         ending = f".{_KEY}"
-        layers = sorted(
-            int(name.removeprefix(_CACHE).removesuffix(ending))
+        numbers = [
+            name.removeprefix(_CACHE).removesuffix(ending)
             for name in stored
             if name.startswith(_CACHE) and name.endswith(ending)
-        )
+        ]
+        if odd := [number for number in numbers if not (number.isascii() and number.isdigit() and len(number) <= 4)]:
+            raise self._odd(f"{_CACHE}{odd[0][:40]}{ending}", "the number of a layer in its name")
         try:
-            return {layer: (stored[_scale(layer, _KEY)], stored[_scale(layer, _VALUE)]) for layer in layers}
+            scales = {
+                layer: (stored[_scale(layer, _KEY)], stored[_scale(layer, _VALUE)])
+                for layer in sorted(map(int, numbers))
+            }
         except KeyError as error:
             raise self._lacks(error) from None
+        for layer, pair in scales.items():
+            for role, steps in zip((_KEY, _VALUE), pair, strict=True):
+                if steps.dtype != np.float32 or not np.isfinite(steps).all() or not (steps > 0).all():
+                    raise self._odd(_scale(layer, role), "positive float32 numbers")
+        return scales
 
     def write(self, vectors: Mapping[str, NDArray[np.float32]], held_out: HeldOut, scales: LayerScales) -> None:
         """Write the file."""
@@ -93,9 +111,12 @@ class ReferenceFile:
 
         try:
             stored: dict[str, NDArray[Any]] = load_file(self.path)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{self.path} cannot be read ({error}): score the model again") from error
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{self.path} cannot be read ({str(error)[:200]}): score the model again") from error
         return stored
+
+    def _odd(self, name: str, expected: str) -> ArtifactError:
+        return ArtifactError(f"{self.path}: {name!a} is damaged: expected {expected}: score the model again")
 
     def _lacks(self, error: KeyError) -> ArtifactError:
         return ArtifactError(f"{self.path} has no {error}: it is damaged, score the model again")

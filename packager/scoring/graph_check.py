@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,14 @@ from packager.graph.names import GENAI_FILE, GRAPH_FILE
 from packager.graph.skeleton import export_skeleton
 from packager.graph.surgery import GraphOptions, Placement, write_model
 from packager.io.files import read_json, write_text
+from packager.io.leftovers import scratch_folder
 from packager.io.safetensors_ranges import read_header
 from packager.profile import FLOAT
 from packager.runtime.genai_config import GenaiBounds, bounded_config
 from packager.runtime.graph_probe import LOGITS_FILE, PROMPTS_FILE
 from packager.runtime.limits import run_limited
 from packager.source.checkpoint import vectors
+from packager.source.quiet import one_line
 from packager.source.unit_weights import find_sources
 
 LIMIT_ERROR = 2e-4
@@ -44,6 +45,8 @@ _BEYOND_TOKENS = 40
 _MADE_FOR = "original_max_position_embeddings"
 _LENGTHS = {_MADE_FOR: 256, "sliding_window": 48, "attention_chunk_size": 80}
 """What of a configuration says where positions or windows begin to count otherwise, and how long it is in the check."""
+# A limit of OLMo's queries, keys and values that random weights would never reach, and one that they do.
+_CLIP, _CLIP_LIMIT = "clip_qkv", 0.5
 # A prime: the exporter takes every linear layer of as many outputs as there are tokens for the head.
 _VOCABULARY = 509
 _WIDTH = 512
@@ -67,14 +70,20 @@ def check_graph(config: PretrainedConfig) -> GraphCheck:
 
     Raises UnsupportedModelError where they differ by more than LIMIT_ERROR, or the runtime does not run the graph.
     """
-    small, lengths = reduced(config), thresholds(config)
-    model = random_model(small)
+    lengths = thresholds(config)
     dice = np.random.default_rng(_SEED)
     prompts = {0: dice.integers(2, _VOCABULARY, _SHORT_TOKENS + 1)}
     prompts |= {real: dice.integers(2, _VOCABULARY, short + _BEYOND_TOKENS + 1) for real, short in lengths.items()}
-    expected = {length: _torch_logits(model, ids) for length, ids in prompts.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    try:
+        small = reduced(config)
+        model = random_model(small)
+        expected = {length: _torch_logits(model, ids) for length, ids in prompts.items()}
+    except Exception as error:  # settings that do not fit each other make transformers raise anything
+        raise UnsupportedModelError(
+            f"no small model like {_name(config)} can be made to check its graph with ({one_line(error)}), so this "
+            "model cannot be packed"
+        ) from error
+    with scratch_folder() as folder:
         genai = _write(model, small, folder, max(map(len, prompts.values())) + 1)
         errors = {}
         for pieces in (0, PIECE_TOKENS):
@@ -103,7 +112,7 @@ def thresholds(config: PretrainedConfig) -> dict[int, int]:
     found = {
         config_length: short for name, short in _LENGTHS.items() for config_length in _values(config.to_dict(), name)
     }
-    longest = int(getattr(config, "max_position_embeddings", 0) or 0)
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
     return {length: found[length] for length in sorted(found) if length < longest}
 
 
@@ -121,22 +130,35 @@ def _shortened(plain: dict[str, Any], longest: int) -> dict[str, Any]:
     for name, length in _LENGTHS.items():
         if isinstance(plain.get(name), int) and 0 < plain[name] < longest:
             short[name] = length
+    if plain.get(_CLIP):
+        short[_CLIP] = _CLIP_LIMIT
     return short
 
 
 def reduced(config: PretrainedConfig) -> PretrainedConfig:
     """The same architecture with one layer of each kind (two at least), a small vocabulary, a narrow MLP, short
-    windows.
+    windows; of a text model inside another, that is done to the text model.
 
     What a kernel depends on stays as it is: head sizes and counts, rotary embedding, the hidden size.
     """
     plain = config.to_dict()
+    part = next((name for name in ("text_config", "decoder_config") if isinstance(plain.get(name), dict)), None)
+    plain = plain | {part: _reduced(plain[part])} if part else _reduced(plain)
+    return config.__class__.from_dict(plain)
+
+
+def _reduced(plain: dict[str, Any]) -> dict[str, Any]:
+    """`reduced` of a configuration as plain data."""
     layers = int(plain["num_hidden_layers"])
     listed = {name: value for name, value in plain.items() if isinstance(value, list) and len(value) == layers > 1}
     kinds: dict[str, int] = {}
     for layer in range(layers):
         kinds.setdefault(json.dumps([value[layer] for value in listed.values()]), layer)
     chosen = sorted(kinds.values())
+    # Exporters end a graph in their own way (rows of all tokens but the last are dropped), so the last layer's kind
+    # must be the last here too.
+    if kinds and kinds[json.dumps([value[-1] for value in listed.values()])] != chosen[-1]:
+        chosen.append(layers - 1)
     chosen += [layer for layer in range(layers) if layer not in chosen][: max(0, 2 - len(chosen))]
     longest = int(plain.get("max_position_embeddings") or 0)
     made_for = max((length for length in _values(plain, _MADE_FOR) if length < longest), default=0)
@@ -144,6 +166,9 @@ def reduced(config: PretrainedConfig) -> PretrainedConfig:
     if made_for:
         plain["max_position_embeddings"] = _LENGTHS[_MADE_FOR] * -(-longest // made_for)
     plain |= {name: [value[layer] for layer in chosen] for name, value in listed.items()}
+    if isinstance(of_layers := plain.get("per_layer_config"), dict):
+        changes = {int(layer): change for layer, change in of_layers.items()}
+        plain["per_layer_config"] = {at: changes[layer] for at, layer in enumerate(chosen) if layer in changes}
     plain["num_hidden_layers"] = len(chosen)
     plain["vocab_size"] = _VOCABULARY
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
@@ -151,7 +176,7 @@ def reduced(config: PretrainedConfig) -> PretrainedConfig:
             plain[name] = min(plain[name], _WIDTH)
     plain |= {name: 0 for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in plain}
     plain.pop("quantization_config", None)
-    return config.__class__.from_dict(plain)
+    return plain
 
 
 def random_model(config: PretrainedConfig) -> torch.nn.Module:
@@ -242,8 +267,9 @@ def _features(config: PretrainedConfig) -> str:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds: Sequence[Any] = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     found = [f"rotary scaling {kind['rope_type']!r}" for kind in kinds if kind.get("rope_type", "default") != "default"]
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found.append(f"heads of {head}")
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    head = getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else None)
+    found += [f"heads of {head}"] if head else []
     partial = next((kind["partial_rotary_factor"] for kind in kinds if kind.get("partial_rotary_factor", 1) != 1), None)
     found += [f"partial rotary {partial}"] if partial is not None else []
-    return f" (it has {', '.join(dict.fromkeys(found))})"
+    return f" (it has {', '.join(dict.fromkeys(found))})" if found else ""

@@ -17,10 +17,10 @@ import torch
 from packager import __version__
 from packager.graph.kv_cache_codes import cache_facts
 from packager.graph.skeleton import export_skeleton
-from packager.io.files import published_folder, refuse_existing
+from packager.io.outputs import published_folder, reserved
 from packager.progress import Progress
-from packager.runtime.limits import peak_bytes
-from packager.scoremap.folder import MapFolder
+from packager.runtime.device_check import peak_bytes
+from packager.scoremap.folder import MAP, MapFolder
 from packager.scoremap.identity import MapIdentity, read_identity, require_model
 from packager.scoremap.model import SCHEMA
 from packager.scoremap.settings import ScoreSettings
@@ -77,23 +77,24 @@ def score_model(
     """Write the score map of `checkpoint` to folder `out`.
 
     Raises CalibrationError for a text that cannot be used, ModelError for a model that cannot, UsageError for settings
-    that this model cannot meet. A text that the model does not know is a warning.
+    that this model cannot meet, OutputError where another process scores into `out` or nothing can be written. A text
+    that the model does not know is a warning.
     """
-    refuse_existing(out, force=force)
     method = method_of(settings)
-    bench = _set_up(_read(checkpoint, calibration_paths, settings, device, progress), method, out)
-    _make_options(bench, method.prepare(bench))
-    measured = correct_and_anchor(bench, method.bands)
-    familiarity = _familiarity(bench, measured)
-    content = MapContent(bench=bench, measured=measured, kv_cache=_price_kv_cache(bench))
-    identity = _publish(content, out, force=force)
-    return ScoreReport(
-        identity=identity,
-        nats_per_byte=familiarity.nats_per_byte,
-        seconds=bench.stopwatch.seconds(),
-        peak_bytes=peak_bytes(),
-        warnings=familiarity.warnings,
-    )
+    with reserved(out, MAP, force=force, inputs=[*checkpoint.inputs, *calibration_paths]):
+        bench = _set_up(_read(checkpoint, calibration_paths, settings, device, progress), method, out)
+        _make_options(bench, method.prepare(bench))
+        measured = correct_and_anchor(bench, method.bands)
+        familiarity = _familiarity(bench, measured)
+        content = MapContent(bench=bench, measured=measured, kv_cache=_price_kv_cache(bench))
+        identity = _publish(content, out, force=force)
+        return ScoreReport(
+            identity=identity,
+            nats_per_byte=familiarity.nats_per_byte,
+            seconds=bench.stopwatch.seconds(),
+            peak_bytes=peak_bytes(),
+            warnings=familiarity.warnings,
+        )
 
 
 def map_differences(
@@ -254,7 +255,7 @@ def _publish(content: MapContent, out: Path, *, force: bool) -> MapIdentity:
     """Phase 6: the map under its name; the work folder goes."""
     bench = content.bench
     bench.progress.phase("writing the map", 1)
-    with published_folder(out, force=force) as staging:
+    with published_folder(out, MAP, force=force) as staging:
         identity = write_map(staging, content)
     bench.work.remove()
     bench.progress.advance()

@@ -13,7 +13,6 @@ Each file appears whole or not at all. What lies there belongs to one key: anoth
 
 from __future__ import annotations
 
-import glob
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,10 +63,8 @@ class Workspace:
         """That of the map `out`; emptied when what lies there is of another `key`."""
         folder = out.parent / f".{out.name}.work"
         digest, marker = sha256_json(asdict(key)), folder / "key"
-        if folder.exists() and (not marker.is_file() or marker.read_text() != digest):
+        if folder.exists() and (not marker.is_file() or marker.read_text(encoding="utf-8") != digest):
             shutil.rmtree(folder)
-        for staged in out.parent.glob(f".{glob.escape(out.name)}.staging-*"):
-            shutil.rmtree(staged)  # what a run that was killed while it wrote the map has left
         folder.mkdir(parents=True, exist_ok=True)
         write_text(marker, digest)
         return cls(folder)

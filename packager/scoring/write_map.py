@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import onnx_ir as ir
 from safetensors.numpy import save_file
 
+from packager.graph.kv_cache_codes import cache_facts, state_bytes
 from packager.io.files import dump_json, read_json, sha256_file, write_text
 from packager.io.safetensors_ranges import join, sha256_region
 from packager.memory.geometry import Geometry, read_geometry
@@ -98,13 +100,18 @@ def _model_identity(subject: Subject) -> ModelIdentity:
 
 
 def _geometry(folder: MapFolder, content: MapContent) -> Geometry:
-    genai = read_json(folder.skeleton(content.bench.settings.provider).genai_config)
+    provider = content.bench.settings.provider
+    genai = read_json(folder.skeleton(provider).genai_config)
+    graph = ir.load(content.bench.skeleton.graph).graph
+    kernels = vectors(content.bench.subject.model)
     return read_geometry(
         content.bench.subject.config,
         nodes=content.bench.skeleton.nodes,
         tokenizer=folder.tokenizer,
         genai=genai,
         whole_prompt_tokens=content.bench.subject.whole_prompt_tokens,
+        cacheless_layers=content.bench.subject.config.num_hidden_layers - len(cache_facts(graph, provider).layers),
+        hybrid_bytes=2 * state_bytes(graph) + sum(kernel.nbytes for _, kernel in kernels if kernel.dim() > 1),
     )
 
 

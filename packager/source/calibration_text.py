@@ -95,7 +95,7 @@ def unfamiliar(description: str, per_token: float, per_byte: float) -> str | Non
         f"the model does not know text like {description}: its held-out part costs {per_token:.4f} nats per token, "
         f"{per_byte:.2f} per byte, "
         f"where known text costs less than {_UNFAMILIAR:.2f}; if it is in another language, or no text, score again "
-        f"with --calibration text of the "
+        "with --calibration text of the "
         "model's own kind"
     )
 

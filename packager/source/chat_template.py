@@ -58,7 +58,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Ch
     if not isinstance(found, str):
         raise UnsupportedModelError(
             f"the chat template of {origin} is of type {type(found).__name__}: expected a text, or a list of entries "
-            f"with name and template"
+            "with name and template"
         )
     return ChatTemplate(text=found, origin=origin, left_out=left_out) if found.strip() else None
 

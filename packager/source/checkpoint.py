@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from packager.errors import ModelError, PackagerError, UnsupportedModelError
+from packager.graph.skeleton import side_parameters
 from packager.io.files import sha256_file, sha256_json
 from packager.io.safetensors_ranges import StoredTensor
 from packager.source.chat_template import find_template
@@ -46,6 +47,18 @@ _SIDE_FILES = (
     "generation_config.json",
     "LICENSE",
 )
+# What the tokenizer and its templates are read from; a bundle's own are made of them (source.tokenizer_files).
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +70,11 @@ class Checkpoint:
     folder: Path
     files: tuple[Path, ...]
     gguf: bool
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What it is read from: its folder, of a GGUF the file alone."""
+        return self.files if self.gguf else (self.folder,)
 
     def config(self) -> PretrainedConfig:
         """The model's configuration, held against the heads of the weight files: it is of a model that can be packed,
@@ -107,21 +125,7 @@ class Checkpoint:
         return not self.gguf and is_quantised(read_config(self.folder, self.source))
 
     def _on_meta(self, config: PretrainedConfig) -> torch.nn.Module:
-        """The model of `config` without memory. UnsupportedModelError where a weight is neither vector nor matrix."""
-        try:
-            with quiet_transformers(), torch.device("meta"):
-                model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # settings that do not fit each other make transformers raise anything
-            raise UnsupportedModelError(
-                f"{self.source}: transformers cannot make the model that its configuration describes: {one_line(error)}"
-            ) from error
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 2:
-                raise UnsupportedModelError(
-                    f"{self.source}: {name} of {type(model).__name__} is of shape {tuple(parameter.shape)}: stacked "
-                    f"experts and convolutions cannot be packed, give a model of plain attention and MLP layers"
-                )
-        return model
+        return on_meta(self.source, config)
 
     def load(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """The model in `dtype`, checked for tensors that are missing or left over and for values that are not
@@ -152,7 +156,7 @@ class Checkpoint:
             if not bool(torch.isfinite(parameter).all()):
                 raise ModelError(
                     f"{self.source}: {name} holds values that are not finite (NaN or infinity): the checkpoint is "
-                    f"damaged"
+                    "damaged"
                 )
         loaded: torch.nn.Module = model.eval()
         return loaded
@@ -220,6 +224,26 @@ class Checkpoint:
         config.save_pretrained(out)
 
 
+def on_meta(source: str, config: PretrainedConfig) -> torch.nn.Module:
+    """The model of `config` without memory. UnsupportedModelError, naming `source`, where transformers cannot make it
+    or a weight is neither a vector, nor a matrix, nor the kernel of a convolution."""
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # settings that do not fit each other make transformers raise anything
+        raise UnsupportedModelError(
+            f"{source}: transformers cannot make the model that its configuration describes: {one_line(error)}"
+        ) from error
+    for owner, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 2 and not isinstance(module, torch.nn.Conv1d):
+                raise UnsupportedModelError(
+                    f"{source}: {owner}.{name} of {type(model).__name__} is of shape {tuple(parameter.shape)}: stacked "
+                    "experts cannot be packed, give a model of attention, convolution and MLP layers"
+                )
+    return model
+
+
 def open_checkpoint(source: str) -> Checkpoint:
     """Find `source` and check what it is and that its files are whole and safe to read, before anything is loaded.
 
@@ -235,12 +259,12 @@ def open_checkpoint(source: str) -> Checkpoint:
     if path.suffix.lower() == ".gguf":
         raise ModelError(f"model file {path} does not exist")
     if is_hub_name(source):
-        small = [*_SIDE_FILES, *TELLING_FILES, "*.jinja"]
+        small = [*_SIDE_FILES, *_TOKENIZER_FILES, *TELLING_FILES]
         folder = fetch(source, small, lambda found: read_config(found, source))
         return _folder(folder, source, repository_name(source))
     raise ModelError(
         f"model folder {source} does not exist: expected a Hugging Face folder, a .gguf file, a hub name such as "
-        f"'owner/name' or 'owner/name@revision', or 'demo'"
+        "'owner/name' or 'owner/name@revision', or 'demo'"
     )
 
 
@@ -300,7 +324,7 @@ def _require_rows(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) ->
         number, token = wrong[0]
         raise ModelError(
             f"{source}: its tokenizer gives {token!r} the id {number}, but its embedding has {rows} rows ({len(wrong)} "
-            f"such tokens): the tokenizer is of another model, or the embedding was not resized after tokens were added"
+            "such tokens): the tokenizer is of another model, or the embedding was not resized after tokens were added"
         )
 
 
@@ -329,7 +353,7 @@ def _demo_file() -> Path:
 
 
 def vectors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The one-dimensional parameters (norms, biases): small, kept in float32 beside the packed matrices."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            yield name, parameter.detach().float().cpu()
+    """Every parameter that is no unit's matrix (norms, biases, kernels of convolutions): small, kept in float32 beside
+    the packed matrices."""
+    for name, parameter in side_parameters(model):
+        yield name, parameter.detach().float().cpu()

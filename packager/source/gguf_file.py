@@ -111,7 +111,7 @@ def open_gguf(path: Path) -> GgufFile:
     if kind != "model":
         raise UnsupportedModelError(
             f"{path} is of general.type {str(kind)[:40]!r}, not a whole language model: give the model that it belongs "
-            f"to"
+            "to"
         )
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str):

@@ -163,7 +163,7 @@ def _length(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
     except (ValueError, KeyError):
         raise UnsupportedModelError(
             f"{path}: {name[:80]} is of type {kind}, which the installed gguf library does not know: upgrade it (pip "
-            f"install -U gguf), or give the model's Hugging Face folder instead"
+            "install -U gguf), or give the model's Hugging Face folder instead"
         ) from None
     if shape and shape[-1] % block:
         raise _damaged(path, f"{name[:80]} has rows of {shape[-1]} weights, its type blocks of {block}")

@@ -91,7 +91,7 @@ def tokenizer_fields(file: Path) -> dict[str, Any]:
         if not known and not switched_off:
             raise UnsupportedModelError(
                 f"the GGUF file has the field {name} ({str(value)[:40]}), which is not understood here and may change "
-                f"what a text is encoded to: give the model's Hugging Face folder instead, it carries its tokenizer"
+                "what a text is encoded to: give the model's Hugging Face folder instead, it carries its tokenizer"
             )
         found[name] = value
     return found
@@ -181,7 +181,7 @@ def _pre_tokenizer(kind: str) -> Any:
     if patterns is None:
         raise UnsupportedModelError(
             f"the GGUF file wants pre-tokenizer {kind!r}, which is not known here: give the model's Hugging Face "
-            f"folder instead, it carries its tokenizer"
+            "folder instead, it carries its tokenizer"
         )
     return pre_tokenizers.Sequence(
         [

@@ -134,7 +134,7 @@ def refuse_unless_language_model(source: str, identity: Identity) -> None:
         case Kind.UNKNOWN if not identity.model_type:
             raise UnsupportedModelError(
                 f"{source}: config.json names no model_type, so it is not a model that transformers reads: give a "
-                f"Hugging Face folder of a language model"
+                "Hugging Face folder of a language model"
             )
         case Kind.UNKNOWN:
             raise UnsupportedModelError(
@@ -145,7 +145,7 @@ def refuse_unless_language_model(source: str, identity: Identity) -> None:
             raise UnsupportedModelError(
                 f"{source}: config.json names the architecture {name}, but the language model of its model type "
                 f"{identity.model_type!r} is {identity.expected or 'none'}: correct config.json if the weights are "
-                f"that model's, or give another model"
+                "that model's, or give another model"
             )
         case _:
             raise UnsupportedModelError(f"{source}: {name} is {kind.value}: {_ADVICE[kind]}")

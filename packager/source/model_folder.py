@@ -56,13 +56,13 @@ def read_config(folder: Path, source: str) -> dict[str, Any]:
     if (folder / _PIPELINE_FILE).is_file():
         raise UnsupportedModelError(
             f"{source} is a diffusers pipeline ({_PIPELINE_FILE}), which makes pictures or sound: give a decoder of "
-            f"text"
+            "text"
         )
     for name in _EMBEDDERS:
         if (folder / name).is_file():
             raise UnsupportedModelError(
                 f"{source} is a sentence-transformers model ({name}), which embeds text and generates none: give a "
-                f"language model"
+                "language model"
             )
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -75,7 +75,7 @@ def read_config(folder: Path, source: str) -> dict[str, Any]:
     if "_diffusers_version" in config:
         raise UnsupportedModelError(
             f"{source} is a part of a diffusers pipeline ({config.get('_class_name', 'unnamed')}), not a language "
-            f"model: give a decoder of text"
+            "model: give a decoder of text"
         )
     refuse_unless_language_model(source, identify(config))
     refuse_quantised(source, folder, config)
@@ -89,7 +89,7 @@ def _adapter(folder: Path, source: str) -> UnsupportedModelError:
     beside = (folder / CONFIG_FILE).is_file()
     return UnsupportedModelError(
         f"{source} holds an adapter{of} ({_ADAPTER_FILE}): merge it into its base first (peft: "
-        f"AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)) and give the merged folder"
+        "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)) and give the merged folder"
         + ("; to pack the base without it, take the adapter's files away" if beside else "")
     )
 

@@ -85,7 +85,7 @@ def dequantised(
             if scale is None:
                 raise ModelError(
                     f"{source}: {name} is of 8-bit floats and has no scale ({name}_scale_inv or {name}_scale): the "
-                    f"checkpoint is incomplete, download it again"
+                    "checkpoint is incomplete, download it again"
                 )
             value = value.float() * _spread(
                 _read(scale, tensors[scale]).float(), value.shape, block, f"{source}: {scale}"
@@ -152,5 +152,5 @@ def _method(quantization: Mapping[str, Any]) -> str:
 def _refusal(source: str, method: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{source} is quantised already ({method}): expected weights as they were trained: give the unquantised "
-        f"original, which its model card names"
+        "original, which its model card names"
     )

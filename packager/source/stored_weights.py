@@ -31,7 +31,7 @@ def require_readable(path: Path) -> None:
     except PermissionError:
         raise ModelError(
             f"{path} may not be read (its permissions are {stat.filemode(path.stat().st_mode)}): give yourself the "
-            f"right to (chmod u+r) or run as its owner"
+            "right to (chmod u+r) or run as its owner"
         ) from None
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder: expected a file") from None
@@ -53,7 +53,7 @@ def weight_files(folder: Path, source: str) -> tuple[Path, ...]:
         if single.is_file() and names != [SINGLE_FILE]:
             raise ModelError(
                 f"{source} holds both {SINGLE_FILE} and an index of {len(names)} other files ({names[0]} …): one of "
-                f"them is left over, remove it"
+                "them is left over, remove it"
             )
         return files
     if single.is_file():
@@ -66,7 +66,7 @@ def weight_files(folder: Path, source: str) -> tuple[Path, ...]:
     if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
         raise ModelError(
             f"{source} holds only pickled weights ({pickles[0]}), which can run code when read: convert them to "
-            f"safetensors first"
+            "safetensors first"
         )
     raise ModelError(f"{source} holds no *.safetensors: expected a Hugging Face model folder")
 
@@ -89,7 +89,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ModelError(
                 f"{index} names {name!r}, which is not a safetensors file in its folder: the checkpoint is damaged, "
-                f"download it again"
+                "download it again"
             )
     return dict(found)
 
@@ -108,7 +108,7 @@ def stored_tensors(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise ModelError(
                     f"{file.parent}: the tensor {name} is in both {tensors[name].region.path.name} and {file.name}: "
-                    f"the files are of different checkpoints, download them again"
+                    "the files are of different checkpoints, download them again"
                 )
             tensors[name] = tensor
     index = files[0].parent / INDEX_FILE
@@ -116,7 +116,7 @@ def stored_tensors(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
         if name not in tensors or tensors[name].region.path.name != holder:
             raise ModelError(
                 f"{index} says that {name} is in {holder}, which does not hold it: the files are of different "
-                f"checkpoints, download them again"
+                "checkpoints, download them again"
             )
     return tensors
 
@@ -157,7 +157,7 @@ def lacking(source: str, name: str, count: int) -> ModelError:
     if name.endswith("lm_head.weight") and count == 1:
         return ModelError(
             f"{source} lacks {name}, and its configuration says that the head is not the embedding: set "
-            f"tie_word_embeddings to true in config.json if it is, or download the checkpoint again"
+            "tie_word_embeddings to true in config.json if it is, or download the checkpoint again"
         )
     return ModelError(
         f"{source} lacks the tensor {name} ({count} missing): the checkpoint is incomplete, download it again"
@@ -168,7 +168,7 @@ def mismatched(source: str, name: str, found: tuple[int, ...], expected: tuple[i
     """The error for a tensor of another shape than the configuration gives it."""
     return ModelError(
         f"{source}: {name} is of shape {found}, but config.json makes it {expected}: the configuration and the weights "
-        f"are of different models, download the checkpoint again"
+        "are of different models, download the checkpoint again"
     )
 
 
@@ -182,7 +182,7 @@ def refuse_unexpected(source: str, names: list[str], model: Any) -> None:
         raise ModelError(
             f"{source} holds the tensor {left[0]}, which {type(model).__name__} as config.json describes it does not "
             f"use ({len(left)} such): the configuration is of another model, or the file holds parts that are not "
-            f"merged (adapters)"
+            "merged (adapters)"
         )
 
 

@@ -250,7 +250,7 @@ def _json(file: IO[bytes], path: Path, render: Render) -> Iterator[str]:
     if len(content) > _MOST_JSON:
         raise CalibrationError(
             f"{path} is a JSON document of more than {_MOST_JSON >> 20} MiB, which has to be read whole: write it as "
-            f"JSON lines (.jsonl), a record a line"
+            "JSON lines (.jsonl), a record a line"
         )
     try:
         value = json.loads(content)

@@ -79,7 +79,7 @@ def tokenizer_files(
     if backend is None:
         raise UnsupportedModelError(
             f"its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json form: expected {_READABLE}; save the "
-            f"model with its fast tokenizer first"
+            "model with its fast tokenizer first"
         )
     spec: dict[str, Any] = json.loads(backend.to_str())
     # What a call pads or cuts is not the model's, and is left out by save_pretrained as well.

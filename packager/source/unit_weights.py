@@ -21,20 +21,29 @@ from packager.scoremap.model import Unit
 
 _CUT_ROWS = 2048
 _CUT_SHARES = (1 / 12, 1 / 3, 2 / 3)
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)")
-_OWNERS = {"attn": ("self_attn", "attention", "attn"), "mlp": ("mlp", "feed_forward")}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(attn|mlp|conv|linear_attn)\.(\w+)")
+_OWNERS = {
+    "attn": ("self_attn", "attention", "attn"),
+    "mlp": ("mlp", "feed_forward", "shared_mlp"),
+    "conv": ("conv",),
+    "linear_attn": ("linear_attn",),
+}
 _ALIASES = {
     "o_proj": ("o_proj", "dense", "out_proj"),
-    "down_proj": ("down_proj", "dense_4h_to_h"),
-    "fc1": ("fc1",),
-    "fc2": ("fc2",),
+    "gate_proj": ("gate_proj", "w1"),
+    "up_proj": ("up_proj", "w3"),
+    "down_proj": ("down_proj", "dense_4h_to_h", "w2", "output_linear"),
+    "qkv_proj": ("in_proj_qkv",),
+    "z_proj": ("in_proj_z",),
+    "a_proj": ("in_proj_a",),
+    "b_proj": ("in_proj_b",),
 }
 _PACKED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
+    "q_proj": ("qkv_proj",),
+    "k_proj": ("qkv_proj",),
+    "v_proj": ("qkv_proj",),
+    "gate_proj": ("gate_up_proj", "input_linear"),
+    "up_proj": ("gate_up_proj", "input_linear"),
 }
 
 
@@ -117,10 +126,11 @@ def _layer_source(matrix: Matrix, model: torch.nn.Module) -> Source:
                 name = f"{prefix}.{owner}.{alias}"
                 if name in modules:
                     return Source(unit=unit, module=name, start=0, stop=matrix.rows)
-            packed = f"{prefix}.{owner}.{_PACKED.get(role, '')}"
-            if packed in modules:
-                start = _packed_start(role, _shape(model, packed)[0], matrix.rows)
-                return Source(unit=unit, module=packed, start=start, stop=start + matrix.rows)
+            for packing in _PACKED.get(role, ()):
+                name = f"{prefix}.{owner}.{packing}"
+                if name in modules:
+                    start = _packed_start(role, _shape(model, name)[0], matrix.rows)
+                    return Source(unit=unit, module=name, start=start, stop=start + matrix.rows)
     raise UnsupportedModelError(
         f"the exported graph has a weight {matrix.name!r} for which {type(model).__name__} has no layer"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.errors import ArtifactError
-from packager.io.records import from_plain
+from packager.io.records import Said, from_plain
 from packager.runtime import device_check
 from packager.runtime.limits import LimitedRun, run_limited
 from packager.validation.report import Check
@@ -46,8 +46,8 @@ class Document:
     checks: tuple[Check, ...]
     memory: ProcessMemory
     speed: Speed
-    prompt: str
-    answer: str
+    prompt: Said
+    answer: Said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def run_acceptance(root: Path, budget_bytes: int | None, golden: Path | None = N
     The test that runs is this package's, not the file in the bundle: nothing in a bundle is executed here.
     """
     script = Path(device_check.__file__)
-    extra = ["--golden", str(golden)] if golden else []
+    extra = ["--no-report", *(["--golden", str(golden)] if golden else [])]
     # -P keeps this folder off sys.path, so that the child imports what a device's own script would.
     done = run_limited([sys.executable, "-P", str(script), str(root), "--prompt", PROMPT, *extra], budget_bytes)
     return Acceptance(document=_document(done.stdout) if done.returncode in _FINISHED else None, process=done)

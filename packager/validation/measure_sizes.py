@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from packager.bundle.folder import BundleFolder
 from packager.bundle.writer import Recipe, write_contents
 from packager.errors import RuntimeCheckError, require_extra
+from packager.io.leftovers import scratch_folder
 from packager.planning.plan import Plan, plan_file_bytes
 from packager.planning.size_curve import Curve, Nats, measured_curve
 from packager.planning.solver import choice_at, total_bytes
@@ -85,13 +85,13 @@ def measure(
 def _losses(
     opened: OpenedMap, plan: Plan, profile: DeviceProfile, windows: NDArray[np.int64], progress: Progress
 ) -> Nats:
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch, "bundle")
+    with scratch_folder() as scratch:
+        root = scratch / "bundle"
         write_contents(Recipe(source=opened, plan=plan, profile=profile), root)
         losses = graph_losses(BundleFolder(root=root).graph, windows, advance=progress.advance).astype(np.float64)
     if not np.isfinite(losses).all():
         raise RuntimeCheckError(
             f"the size of {plan.file_bytes:,} bytes gives losses on ONNX Runtime that are not finite: its weights "
-            f"overflow there"
+            "overflow there"
         )
     return losses

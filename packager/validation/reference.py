@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from packager.bundle.golden import GoldenPrompt, GoldenText, write_golden_file
+from packager.bundle.golden import GoldenContext, GoldenContexts, GoldenPrompt, GoldenText, write_golden_file
 from packager.bundle.manifest import BundleUnit
 from packager.bundle.opening import OpenedBundle
 from packager.bundle.weights import unit_tensors
+from packager.graph.skeleton import side_parameters
 from packager.profile import INT8
 from packager.source.kv_cache_rounding import cache_keyword, rounding, tap
 from packager.source.unit_weights import find_sources, matrices_of
+from packager.validation.context_lengths import context_lengths
 
 PROMPTS = (
     "The three most important things to check before a long journey are",
@@ -47,9 +51,18 @@ class Reference:
     @torch.no_grad()
     def exact_logits(self, window: torch.Tensor) -> torch.Tensor:
         """Logits (length, vocabulary) of a (length,) window where nothing that is cached is rounded."""
-        nothing = {cache_keyword(self.model): DynamicCache()}
+        nothing = {cache_keyword(self.model): DynamicCache(config=self.model.config)}
         logits: torch.Tensor = self.model(input_ids=window[None], **nothing).logits[0].float()
         return logits
+
+    @torch.no_grad()
+    def last_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits (vocabulary,) after the last of `ids`, from one pass; those of the others are not made, where the
+        model can leave them out: a long prompt's take far more memory than all else."""
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        logits = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False, **last).logits[0, -1].float()
+        found: NDArray[np.float32] = logits.numpy().copy()
+        return found
 
 
 def load_reference(bundle: OpenedBundle) -> Reference:
@@ -62,9 +75,8 @@ def load_reference(bundle: OpenedBundle) -> Reference:
     sources = find_sources(matrices_of((unit.matrix, unit.rows, unit.cols) for unit in manifest.units), model)
     graph = ir.load(bundle.folder.graph).graph
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.from_numpy(vectors[name]))
+        for name, parameter in side_parameters(model):
+            parameter.copy_(torch.from_numpy(vectors[name]))
         for source, unit in zip(sources, manifest.units, strict=True):
             source.weight(model).copy_(torch.from_numpy(_weights(graph, unit)))
     if manifest.cache == INT8:
@@ -94,30 +106,44 @@ def _weights(graph: ir.Graph, unit: BundleUnit) -> np.ndarray[Any, np.dtype[np.f
 
 
 @torch.no_grad()
-def write_golden(reference: Reference, out: Path, *, context_tokens: int) -> None:
+def write_golden(reference: Reference, bundle: OpenedBundle, out: Path) -> None:
     """Fixed prompts and texts with what the reference makes of them: token ids, with special tokens and (plain)
-    without, last logits (vocabulary,), greedy tokens, and at each the gap between the two best logits. And the tokens
-    at which the model stops."""
+    without, last logits (vocabulary,), greedy tokens, and at each the gap between the two best logits. The tokens at
+    which the model stops. And long prompts of held-out text, see `golden_contexts`."""
+    context_tokens = bundle.manifest.bounds.context_tokens
     steps = min(GREEDY_TOKENS, context_tokens // 4)
     prompts, texts = [], []
     for prompt in PROMPTS:
         ids = reference.tokenizer(prompt)["input_ids"][: context_tokens - steps]
-        prompts.append(_greedy(reference.model, ids, steps))
+        prompts.append(_greedy(reference, ids, steps))
     for text in TEXTS:
         ids = reference.tokenizer(text)["input_ids"]
         plain = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
         decoded = reference.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts.append(GoldenText(text=text, ids=ids, plain=plain, decoded=decoded))
-    stops = getattr(reference.model.config, "eos_token_id", None)
-    write_golden_file(out, prompts, texts, stops if isinstance(stops, list) else [] if stops is None else [stops])
+    ends = getattr(reference.model.config, "eos_token_id", None)
+    stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    write_golden_file(out, prompts, texts, stops, golden_contexts(reference, bundle))
 
 
-def _greedy(model: torch.nn.Module, ids: Sequence[int], steps: int) -> GoldenPrompt:
+def golden_contexts(reference: Reference, bundle: OpenedBundle) -> GoldenContexts:
+    """Prompts that fill the bundle's context and that pass each length at which its configuration counts otherwise, of
+    the held-out windows' tokens in a row, with the reference's last logits."""
+    bounds, text = bundle.manifest.bounds, bundle.folder.reference.held_out().windows.reshape(-1)
+    lengths = context_lengths(reference.model.config, bounds.prompt_tokens, bounds.context_tokens)
+    prompts = []
+    for past, tokens in lengths.prompts.items():
+        ids = np.resize(text, tokens).tolist()
+        prompts.append(GoldenContext(ids=ids, logits=reference.last_logits(ids), past=past))
+    return GoldenContexts(prompts=prompts, left_out=lengths.left_out)
+
+
+def _greedy(reference: Reference, ids: Sequence[int], steps: int) -> GoldenPrompt:
     sequence, greedy, gaps, first = list(ids), [], [], None
     for _ in range(steps):
-        logits = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, -1].float()
-        first = logits.numpy() if first is None else first
-        best = torch.topk(logits, 2)
+        logits = reference.last_logits(sequence)
+        first = logits if first is None else first
+        best = torch.topk(torch.from_numpy(logits), 2)
         greedy.append(int(best.indices[0]))
         gaps.append(float(best.values[0] - best.values[1]))
         sequence.append(greedy[-1])

@@ -1,9 +1,9 @@
-"""What was measured: checks with value, limit, unit and verdict; as JSON, HTML, or a table on a terminal."""
+"""What was measured: checks with value, limit, unit and verdict, and what they say of a bundle."""
 
 from __future__ import annotations
 
 import contextlib
-import html
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from packager.bundle.folder import BundleFolder
 from packager.bundle.manifest import Measured, Predicted
 from packager.errors import ArtifactError
-from packager.io.files import dump_json, read_json, write_text
-from packager.io.records import from_plain, without_none
+from packager.io.files import read_json
+from packager.io.records import Count, Said, from_plain, without_none
 from packager.sizes import format_size
 
 SCHEMA = 1
+_MOST_WORDS = 300
 
 Value = int | float | str | None
 """What a check measured, or is held against."""
@@ -32,17 +33,22 @@ class Check:
     passed: bool | None
 
 
+def number(value: float) -> Value:
+    """A measured number as a report can hold it: JSON has none for what is not finite."""
+    return value if math.isfinite(value) else "not a number"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
     """One build of the closed loop: what was planned, what was kept free beside the prediction, and the peak that was
     measured, 0 where the run failed."""
 
-    context_tokens: int
+    context_tokens: Count
     cache: str
-    file_bytes: int
+    file_bytes: Count
     loss_nats: float
-    predicted_bytes: int
-    measured_bytes: int
+    predicted_bytes: Count
+    measured_bytes: Count
     reserve_bytes: int
 
 
@@ -50,8 +56,8 @@ class Round:
 class Answer:
     """What the bundle was asked at the end of the acceptance test, and what it answered."""
 
-    prompt: str
-    text: str
+    prompt: Said
+    text: Said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,13 +85,6 @@ class ValidationReport:
         return {"schema": SCHEMA, "passed": self.passed} | plain | {"answer": plain["answer"] or {}}
 
 
-def write_report(report: ValidationReport, root: Path) -> None:
-    """`report.json` and `report.html` into the bundle in folder `root`."""
-    folder = BundleFolder(root=root)
-    write_text(folder.report, dump_json(report.to_dict()))
-    write_text(folder.report_page, to_html(report))
-
-
 def earlier_rounds(root: Path, bundle_sha256: str) -> tuple[Round, ...]:
     """The builds that led to the bundle in folder `root`, from the report that lies there; none where that is of
     another bundle or no report. What cannot be read is left out."""
@@ -104,6 +103,45 @@ def earlier_rounds(root: Path, bundle_sha256: str) -> tuple[Round, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What is known of a bundle before it is used. `valid` is None where no report of it says; `words` are for people,
+    empty where it is valid."""
+
+    valid: bool | None
+    words: str = ""
+
+
+def verdict_of(root: Path) -> Verdict:
+    """What the report in the bundle in folder `root` says of it. Anybody may have written it: it is told, and nothing
+    rests on it."""
+    folder = BundleFolder(root=root)
+    validate, path = f"run 'packager validate {root}'", folder.report
+    if not path.is_file():
+        return Verdict(valid=None, words=f"this bundle has no report, it was never validated: {validate}")
+    try:
+        report = read_json(path)
+        if report.get("bundle_sha256") != read_json(folder.manifest).get("bundle_sha256"):
+            return Verdict(valid=None, words=f"this bundle's report is of another bundle: {validate}")
+        checks = [from_plain(Check, item, str(path)) for item in report["checks"]]
+        failed = [_failed_words(check) for check in checks if check.passed is False]
+        passed = report["passed"]
+    except (ArtifactError, KeyError, TypeError, ValueError, OverflowError):
+        return Verdict(valid=None, words=f"this bundle's report cannot be read: {validate}")
+    if failed or passed is not True:
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        said = f": {failed[0]}{more}" if failed else ""
+        return Verdict(valid=False, words=f"this bundle's report says NOT VALID{said}; for all of it {validate}")
+    return Verdict(valid=True)
+
+
+def _failed_words(check: Check) -> str:
+    """A failed check in short, without what could steer a terminal."""
+    limit = "" if check.limit is None else f" (limit {shown(check.limit, check.unit)})"
+    words = f"{check.name}: {shown(check.value, check.unit)}{limit}"[:_MOST_WORDS]
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
+
+
 def round_text(number: int, item: Round) -> str:
     """One build of the closed loop, for people."""
     measured = f"measured {format_size(item.measured_bytes)}" if item.measured_bytes else "not measured"
@@ -118,52 +156,10 @@ def shown(value: Value, unit: str) -> str:
     if value is None:
         return "-"
     if unit == "bytes" and not isinstance(value, str):
-        return f"{format_size(int(value))} ({int(value):,})"
+        return format_size(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def verdict(check: Check) -> str:
     """pass, FAIL, or reported."""
     return {True: "pass", False: "FAIL", None: "reported"}[check.passed]
-
-
-def to_html(report: ValidationReport) -> str:
-    """A page that needs nothing else: no script, nothing fetched."""
-
-    def cell(text: str) -> str:
-        return f"<td>{html.escape(text)}</td>"
-
-    rows = "".join(
-        f"<tr class={verdict(check).lower()}>{cell(check.name)}{cell(shown(check.value, check.unit))}"
-        f"{cell(shown(check.limit, check.unit))}"
-        f"{cell('' if check.unit == 'bytes' else check.unit)}{cell(verdict(check))}</tr>"
-        for check in report.checks
-    )
-    terms = report.predicted.memory.terms
-    widest = max(1, *(abs(size) for size in terms.values()))
-    bars = "".join(
-        f"<tr>{cell(name)}{cell(format_size(size))}<td><div "
-        f"style='width:{max(0, 300 * size // widest)}px'></div></td></tr>"
-        for name, size in terms.items()
-    )
-    rounds = "".join(
-        f"<li>{html.escape(round_text(number, item))}</li>" for number, item in enumerate(report.rounds, 1)
-    )
-    limit = (
-        f"hard limit by {report.enforced_by}"
-        if report.enforced_by
-        else "memory limit not enforced: this system offers none"
-    )
-    prompt, answer = (report.answer.prompt, report.answer.text) if report.answer else ("", "")
-    return f"""<!doctype html><meta charset=utf-8><title>Validation report</title>
-<style>body{{font:16px system-ui;margin:2em;max-width:70em}}
-td,th{{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}}
-.pass td:last-child{{color:#070}}.fail td:last-child{{color:#b00;font-weight:bold}}
-div{{background:#47a;height:.8em}}</style>
-<h1>{"Valid" if report.passed else "NOT valid"}</h1><p>Bundle {report.bundle_sha256}; {html.escape(limit)}.</p>
-<table><tr><th>check<th>value<th>limit<th>unit<th>verdict</tr>{rows}</table>
-<h2>Predicted memory at the peak ({html.escape(report.predicted.memory.peak_phase)})</h2><table>{bars}</table>
-<h2>Builds until it fit</h2><ul>{rounds}</ul>
-<h2>What it answers</h2><p>{html.escape(prompt)}</p>
-<blockquote>{html.escape(answer)}</blockquote>
-"""

@@ -7,7 +7,7 @@ that was left out because torch is not installed: all that needs none is checked
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +20,15 @@ from packager.bundle.folder import GOLDEN_FILE
 from packager.bundle.manifest import Manifest, Measured
 from packager.bundle.opening import OpenedBundle
 from packager.errors import MissingExtraError
+from packager.io.leftovers import scratch_folder
+from packager.planning.size_curve import Nats
 from packager.progress import Progress
 from packager.runtime.providers import require_supported
 from packager.scoremap.reference import HeldOut
 from packager.validation.acceptance import Acceptance, run_acceptance
 from packager.validation.left_out import left_out, missing_reference
-from packager.validation.report import Answer, Check, Round, ValidationReport
+from packager.validation.report import Answer, Check, Round, ValidationReport, Value, number
+from packager.validation.rise import rise_check
 
 if TYPE_CHECKING:
     from packager.validation.reference import Reference
@@ -62,18 +65,16 @@ def validate_bundle(
         progress.advance()
     held_out = folder.reference.held_out().cut(manifest.bounds.context_tokens)
     in_torch = None
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         golden = folder.golden
         if torch_side is not None:
-            if not golden.is_file():
-                golden = Path(scratch, GOLDEN_FILE)
-                _write_golden(torch_side, golden, manifest)
+            golden = _whole_golden(torch_side, bundle, scratch / GOLDEN_FILE)
             in_torch = _in_torch(torch_side, held_out, progress)
             del torch_side
         progress.phase("acceptance test under the memory limit", 1)
         accepted = run_acceptance(folder.root, manifest.bounds.budget_bytes, golden)
         progress.advance()
-        has_golden = golden.is_file()
+        not_compared = _golden_left_out(golden, missing) if missing else []
     # A runtime that cannot run the bundle in a process of its own is not let into this one, where a crash would be
     # ours.
     runs = accepted.document is not None or accepted.process.killed_at_limit
@@ -83,9 +84,9 @@ def validate_bundle(
         bundle_sha256=manifest.bundle_sha256,
         checks=(
             *_device_checks(accepted, manifest.bounds.budget_bytes),
-            *(_golden_left_out(missing) if missing and not has_golden else ()),
+            *not_compared,
             Check(name="key/value cache", value=manifest.cache, limit=None, unit="", passed=None),
-            *_loss_checks(manifest, _source_nats(held_out), in_torch, on_runtime, missing),
+            *_loss_checks(manifest, held_out, in_torch, on_runtime, missing),
         ),
         enforced_by=accepted.process.enforced,
         measured=_measured(accepted, _source_nats(held_out), in_torch, on_runtime),
@@ -106,19 +107,32 @@ class _InTorch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _OnRuntime:
-    """Mean loss of the bundle on the runtime in nats per token. `graph_error` is the largest difference of any logit
-    between torch and the graph with float kernels and a float cache over the first window, in standard deviations of
-    the logits; None where there is nothing to compare with.
+    """Losses of the bundle on the runtime in nats, (windows, length - 1). `graph_error` is the largest difference of
+    any logit between torch and the graph with float kernels and a float cache over the first window, in standard
+    deviations of the logits; None where there is nothing to compare with.
     """
 
-    nats: float
+    losses: Nats
     graph_error: float | None
 
+    @property
+    def nats(self) -> float:
+        """Their mean, per token."""
+        return float(self.losses.mean())
 
-def _write_golden(torch_side: Reference, out: Path, manifest: Manifest) -> None:
+
+def _whole_golden(torch_side: Reference, bundle: OpenedBundle, scratch: Path) -> Path:
+    """The bundle's golden file; where it has none, or one of an earlier version without long prompts, one made for the
+    occasion at `scratch`."""
+    from packager.bundle.golden import has_contexts, with_contexts
     from packager.validation import reference
 
-    reference.write_golden(torch_side, out, context_tokens=manifest.bounds.context_tokens)
+    own = bundle.folder.golden
+    if not own.is_file():
+        reference.write_golden(torch_side, bundle, scratch)
+    elif not has_contexts(own):
+        with_contexts(own, reference.golden_contexts(torch_side, bundle), scratch)
+    return scratch if scratch.is_file() else own
 
 
 def _source_nats(held_out: HeldOut) -> float:
@@ -151,17 +165,18 @@ def _on_runtime(graph: Path, held_out: HeldOut, in_torch: _InTorch | None, progr
         expected = in_torch.exact_logits
         graph_error = float(np.abs(exact - expected).max() / expected.std())
         progress.advance()
-    nats = sessions.graph_losses(graph, windows, advance=progress.advance)
-    return _OnRuntime(nats=float(nats.mean(dtype=np.float64)), graph_error=graph_error)
+    losses = sessions.graph_losses(graph, windows, advance=progress.advance).astype(np.float64)
+    return _OnRuntime(losses=losses, graph_error=graph_error)
 
 
 def _measured(
     accepted: Acceptance, source_nats: float, in_torch: _InTorch | None, on_runtime: _OnRuntime | None
 ) -> Measured:
     document = accepted.document
+    finite = on_runtime is not None and math.isfinite(on_runtime.nats)
     return Measured(
-        heldout_nats=on_runtime.nats if on_runtime else None,
-        loss_nats=on_runtime.nats - source_nats if on_runtime else None,
+        heldout_nats=on_runtime.nats if on_runtime and finite else None,
+        loss_nats=on_runtime.nats - source_nats if on_runtime and finite else None,
         torch_heldout_nats=in_torch.nats if in_torch else None,
         **(asdict(document.memory) | asdict(document.speed) if document else {}),
     )
@@ -181,7 +196,7 @@ def _device_checks(accepted: Acceptance, budget: int) -> list[Check]:
         ]
     checks = list(document.checks)
     if accepted.peak_bytes is None:
-        checks.append(_reported("peak resident memory of the process", "not measured: this system has no /proc", ""))
+        checks.append(_reported("peak resident memory of the process", "not measured: this system does not say", ""))
     checks.append(
         Check(
             name="memory limit enforced during the test",
@@ -207,16 +222,22 @@ def _device_checks(accepted: Acceptance, budget: int) -> list[Check]:
     return checks
 
 
-def _golden_left_out(missing: MissingExtraError) -> list[Check]:
-    """The rows of the acceptance test that compare with a golden file, which neither the bundle nor this environment
-    has."""
-    names = ("tokenizer against the source model's", "next-token logits and greedy tokens against PyTorch")
+def _golden_left_out(golden: Path, missing: MissingExtraError) -> list[Check]:
+    """The rows of the acceptance test that compare with what `golden`, the bundle's own file, does not hold and
+    this environment cannot make."""
+    from packager.bundle.golden import has_contexts
+
+    names = ["tokenizer against the source model's", "next-token logits and greedy tokens against PyTorch"]
+    if golden.is_file():
+        names = []
+    if not (golden.is_file() and has_contexts(golden)):
+        names.append("divergence at the end of a full context")
     return [left_out(name, missing) for name in names]
 
 
 def _loss_checks(
     manifest: Manifest,
-    source_nats: float,
+    held_out: HeldOut,
     in_torch: _InTorch | None,
     on_runtime: _OnRuntime | None,
     missing: MissingExtraError | None,
@@ -227,7 +248,7 @@ def _loss_checks(
         checks.append(
             Check(
                 name=_GRAPH_ERROR,
-                value=on_runtime.graph_error,
+                value=number(on_runtime.graph_error),
                 limit=_GRAPH_ERROR_LIMIT,
                 unit="standard deviations of the logits",
                 passed=on_runtime.graph_error <= _GRAPH_ERROR_LIMIT,
@@ -235,23 +256,24 @@ def _loss_checks(
         )
     elif missing:
         checks.append(left_out(_GRAPH_ERROR, missing))
-    checks.append(_reported("held-out loss of the source model", source_nats, "nats/token"))
+    checks.append(_reported("held-out loss of the source model", _source_nats(held_out), "nats/token"))
     if in_torch is not None:
         checks.append(_reported(_TORCH_LOSS, in_torch.nats, "nats/token"))
     elif missing:
         checks.append(left_out(_TORCH_LOSS, missing))
     if on_runtime is not None:
-        checks.append(_reported("held-out loss of the bundle on ONNX Runtime", on_runtime.nats, "nats/token"))
-    rise = "rise of the held-out loss over the source model"
-    checks.append(_reported(f"predicted {rise}", manifest.predicted.loss_nats, "nats/token"))
-    if on_runtime is not None:
-        checks.append(_reported(f"measured {rise}", on_runtime.nats - source_nats, "nats/token"))
+        checks.append(_reported("held-out loss of the bundle on ONNX Runtime", number(on_runtime.nats), "nats/token"))
+    predicted = manifest.predicted.loss_nats
+    if on_runtime is None:
+        checks.append(_reported("rise of the loss over the source, predicted", predicted, "nats/token"))
+    else:
+        checks.append(rise_check(held_out.source_nats.astype(np.float64), on_runtime.losses, predicted))
     if on_runtime is not None and in_torch is not None:
         gap = on_runtime.nats - in_torch.nats
         checks.append(
             Check(
                 name=_ADDED_LOSS,
-                value=gap,
+                value=number(gap),
                 limit=_RUNTIME_LOSS_LIMIT,
                 unit="nats/token, either sign",
                 passed=abs(gap) <= _RUNTIME_LOSS_LIMIT,
@@ -262,6 +284,6 @@ def _loss_checks(
     return checks
 
 
-def _reported(name: str, value: float | str, unit: str) -> Check:
+def _reported(name: str, value: Value, unit: str) -> Check:
     """A row that is held against nothing."""
     return Check(name=name, value=value, limit=None, unit=unit, passed=None)

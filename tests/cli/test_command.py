@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,14 @@ LARGEST = 2**63 - 1
         (["plan"], "the following arguments are required: MAP, --profile"),
         (["biuld", "m.map"], "'biuld' is no verb: did you mean build?"),
         (["profile"], "'profile' is no verb: did you mean profiles?"),
+        (
+            [*RUN, "--temperature", "-1"],
+            "argument --temperature: expected a finite number, at least 0 and at most 100, found -1.0",
+        ),
+        ([*RUN, "--top-p", "0"], "argument --top-p: expected a finite number above 0 and at most 1, found 0.0"),
+        ([*RUN, "--top-k", "-1"], f"argument --top-k: expected a whole number from 0 to {2**31 - 1}, found -1"),
+        (["curve", ""], "argument MAP: expected a path, found ''"),
+        ([*PLAN, "-q", "-v"], "argument -v/--verbose: not allowed with argument -q/--quiet"),
         (["frobnicate"], f"'frobnicate' is no verb: expected one of {', '.join(VERBS)}"),
         ([*PLAN, "--kontext", "1"], "unrecognized arguments: --kontext 1"),
         ([*PLAN, "--context", "many"], "argument --context: expected at least 33 tokens, or 'auto', found 'many'"),
@@ -89,6 +99,136 @@ def test_a_usage_error_says_what_is_allowed(words: list[str], message: str, caps
     assert json.loads(shown.out) == {"error": "UsageError", "message": message}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*RUN, "--chat"], "--chat: not together with --prompt"),
+        (["run", "b", "--chat", "--raw"], "--chat: not together with --raw"),
+        ([*RUN, "--raw", "--system", "x"], "system: a raw prompt has no system line: put it into the prompt"),
+        (
+            [*RUN, "--seed", "1"],
+            "seed: at temperature 0 the likeliest token is always taken: set a temperature too, or leave it out",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"packager: {message}\n"
+
+
+def test_a_name_that_is_not_there_is_answered_with_those_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, marker in (("smol.map", "scoremap.safetensors"), ("smol.bundle", "packager.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / marker).touch()
+    (tmp_path / "smol.mpb").touch()
+    mistyped, known = tmp_path / "smol.mpa", tmp_path / "smol.map"
+    for verb in (["plan", "--profile", "laptop-16gb"], ["curve"]):
+        assert main([*verb, str(mistyped)]) == 1
+        assert capsys.readouterr().err == f"packager: there is no score map '{mistyped}': did you mean {known}?\n"
+    assert main(["run", str(tmp_path / "smol.bundel"), "--prompt", "x"]) == 1
+    assert capsys.readouterr().err.endswith(f"did you mean {tmp_path / 'smol.bundle'}?\n")
+    assert main(["inspect", str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().err == f"packager: there is no score map, plan or bundle '{tmp_path / 'other'}'\n"
+    assert main(["inspect", str(tmp_path / "missing" / "x.map")]) == 1
+    assert "cannot be found" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / ("x" * 300))]) == 1
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_what_nobody_expected_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("odd\nthing")
+
+    monkeypatch.delenv("PACKAGER_DEBUG", raising=False)
+    monkeypatch.setattr(packager, "inspect", broken)
+    assert main(["inspect", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("packager: internal error (ValueError: odd thing): please report it with ")
+    assert said.count("\n") == 1
+    assert main(["inspect", "x", "-v", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert "Traceback" in shown.err
+    assert json.loads(shown.out)["error"] == "InternalError"
+    monkeypatch.setenv("PACKAGER_DEBUG", "1")
+    with pytest.raises(ValueError, match="odd"):
+        main(["inspect", "x"])
+
+
+def test_a_folder_that_is_missing_is_not_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, advised in ((errno.ENOENT, False), (errno.ENOSPC, True)):
+        error = OSError(number, os.strerror(number), "x/y")
+        monkeypatch.setattr(packager, "inspect", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert main(["inspect", "x"]) == 1
+        assert ("free some space" in capsys.readouterr().err) is advised
+
+
+def test_verbose_says_versions_before_and_after_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["-v", "profiles"], ["profiles", "-v"]):
+        assert main(words) == 0
+        assert f"packager {packager.__version__}, Python 3." in capsys.readouterr().err
+
+
+def test_a_prompt_comes_from_standard_input() -> None:
+    for words, given, message in (
+        (("--prompt", "-"), b"", "standard input is empty: expected a prompt"),
+        ((), b"\xff", "standard input is not UTF-8 text: byte 0 is 0xff"),
+        ((), b"x", "there is no bundle 'no.bundle'"),
+    ):
+        done = command("run", "no.bundle", *words, given=given)
+        assert (done.returncode, done.stderr.decode()) == (1 if given == b"x" else 2, f"packager: {message}\n")
+
+
+def test_settings_of_acip_are_shown_where_they_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, shown in (("score", True), ("pack", False)):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert ("--acip-steps" in capsys.readouterr().out) is shown
+    assert parse(["pack", "m", "--profile", "p", "-o", "o", "--acip-steps", "3"]).acip_steps == 3
+
+
+def test_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    from packager.api.threads import let_threads_sleep
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "100")
+    let_threads_sleep()
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_s_completion_knows_the_verbs(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--print-completion", shell])
+    assert stopped.value.code == 0
+    script = capsys.readouterr().out
+    assert all(verb in script for verb in VERBS)
+    assert "--kv-cache" in script
+    if shell == "bash" and (bash := shutil.which("bash")):
+        asked = "COMP_WORDS=(packager pl); COMP_CWORD=1; _shtab_packager; echo ${COMPREPLY[@]}"
+        done = subprocess.run([bash, "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True)
+        assert done.stdout == "plan\n"
+
+
+def test_completion_without_its_library_says_what_brings_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["--print-completion", "bash"]) == 2
+    assert 'pip install "edge-packager[completion]"' in capsys.readouterr().err
+
+
 def test_allowed_numbers_pass() -> None:
     parsed = parse([*SCORE, "--seed", str(LARGEST), "--tokens", "1", "--device", "cuda:3", "--acip-tuning", "0"])
     assert (parsed.seed, parsed.tokens, parsed.device, parsed.acip_tuning) == (LARGEST, 1, "cuda:3", 0)
@@ -108,9 +248,10 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "examples:\n  packager " in capsys.readouterr().out
 
 
-def command(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def command(*words: str, given: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "packager", *words],
+        input=given,
         capture_output=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         check=False,

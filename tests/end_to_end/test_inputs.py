@@ -145,7 +145,7 @@ def test_the_map_of_other_settings_is_kept(
     assert done.code == 1
     assert done.err.splitlines()[-1] == (
         f"packager: {map_copy} is the map of this model with other settings {said}: keep it and name another with "
-        f"--map, "
+        "--map, "
         "or pass --force to score again in its place"
     )
     assert {path: path.stat().st_mtime_ns for path in map_copy.rglob("*")} == before

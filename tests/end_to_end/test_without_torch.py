@@ -101,6 +101,7 @@ def test_validation_checks_what_it_can_and_says_what_it_left_out(bundle: Path) -
     assert absent == {
         "tokenizer against the source model's",
         "next-token logits and greedy tokens against PyTorch",
+        "divergence at the end of a full context",
         "largest logit difference between ONNX Runtime (float kernels) and PyTorch, same weights",
         "held-out loss of the same weights in PyTorch",
         "loss that ONNX Runtime adds to the same weights in PyTorch",

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packager.errors import ArtifactError
-from packager.io.files import dump_json, inner_path, published_folder, read_json, sha256_file, sha256_json, write_text
+from packager.io.files import (
+    copy_range,
+    dump_json,
+    inner_path,
+    read_json,
+    refuse_stray_links,
+    require_distinct,
+    sha256_file,
+    sha256_json,
+    umask,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -54,17 +67,99 @@ def test_any_name_stays_inside_or_is_refused(name: str) -> None:
     assert os.path.normpath(path).startswith("/somewhere/else/")
 
 
-def test_symbolic_links_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nul",
+        "a/CON",
+        "com1.txt",
+        "LPT9 .x",
+        "COM¹",
+        "aux.tar.gz",
+        "conin$",
+        "end.",
+        "a /b",
+        "what?",
+        "tab\there",
+        "a<b",
+    ],
+)
+def test_names_that_some_system_takes_for_something_else_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError, match=r"is refused: .*, which some systems take for something else$"):
+        inner_path(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["console", "com10", "nullable.json", ".gitattributes", "model.layers.0", "né/ü", "a b"]
+)
+def test_names_that_only_look_alike_are_taken(tmp_path: Path, name: str) -> None:
+    assert inner_path(tmp_path, name) == tmp_path / name
+
+
+def test_names_that_are_one_file_on_some_systems_are_refused() -> None:
+    require_distinct(["a", "b/a", "A/b"], "here")
+    for first, second in (("a/B", "A/b"), ("n\u00e9", "ne\u0301"), ("x", "x")):
+        with pytest.raises(ArtifactError) as caught:
+            require_distinct([first, second], "here")
+        assert str(caught.value) == f"here: {first!r} and {second!r} are the same file on some systems: refused"
+
+
+def test_links_to_files_are_let_pass_and_others_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "file").write_text("")
+    (tmp_path / "real" / "file").write_text("", encoding="utf-8")
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "real" / "other").symlink_to("file")
     (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "round").symlink_to("round")
     assert inner_path(tmp_path, "real/file") == tmp_path / "real" / "file"
-    for name, link in (("link/file", "link"), ("real/other", "real/other"), ("gone", "gone")):
+    assert inner_path(tmp_path, "real/other") == tmp_path / "real" / "other"
+    for name, link, what in (
+        ("link/file", "link", "to a folder"),
+        ("link", "link", "to a folder"),
+        ("gone", "gone", "to no file"),
+        ("round", "round", "to no file"),
+    ):
         with pytest.raises(ArtifactError) as caught:
             inner_path(tmp_path, name)
-        assert str(caught.value) == f"{tmp_path / link} is a symbolic link: refused, artefacts hold plain files only"
+        assert str(caught.value) == (
+            f"{tmp_path / link} is a symbolic link {what}: refused, artefacts hold files, or links to files whose "
+            "bytes are theirs: copy the folder with its links resolved (cp -rL) and use the copy"
+        )
+
+
+def test_links_that_nobody_lists_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b", ".gitattributes"):
+        (tmp_path / name).symlink_to("/etc/hostname")
+    refuse_stray_links(tmp_path, ["a", "b"])
+    with pytest.raises(ArtifactError, match=r"/b is a symbolic link, and not one of the files that .* lists"):
+        refuse_stray_links(tmp_path, ["a"])
+
+
+@pytest.mark.parametrize("how", ["sendfile", "no sendfile", "refused", "another system"])
+def test_a_range_is_copied_with_or_without_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    content = bytes(range(256)) * 10_000
+    (tmp_path / "from").write_bytes(content)
+    match how:
+        case "no sendfile":
+            monkeypatch.delattr(os, "sendfile")
+        case "refused":
+
+            def refused(*arguments: object) -> int:
+                raise OSError(errno.EINVAL, "not on this file system")
+
+            monkeypatch.setattr(os, "sendfile", refused)
+        case "another system":
+            monkeypatch.setattr(sys, "platform", "darwin")
+    with (tmp_path / "from").open("rb") as source, (tmp_path / "to").open("wb") as out:
+        out.write(b"before")
+        assert copy_range(source, 1000, 2_000_000, out) == 2_000_000
+        assert out.tell() == 2_000_006
+        out.write(b"after")
+        assert copy_range(source, len(content) - 5, 50, out) == 5
+        assert copy_range(source, 7, 0, out) == 0
+    assert (tmp_path / "to").read_bytes() == b"before" + content[1000:2_001_000] + b"after" + content[-5:]
 
 
 @given(values)
@@ -112,7 +207,7 @@ def test_write_text_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     write_text(path, "twö")
     assert path.read_text(encoding="utf-8") == "twö"
     assert names(path.parent) == ["file.txt"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -124,137 +219,26 @@ def test_write_text_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(path.parent) == ["file.txt"]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def test_the_umask_is_read_where_it_is_told_and_asked_for_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o027)
+    try:
+        assert umask() == 0o027
+        monkeypatch.setattr(Path, "read_text", lambda *arguments, **named: "")
+        assert umask() == 0o027
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
 
 
-def _publish(target: Path, content: str, *, force: bool = False) -> None:
-    with published_folder(target, force=force) as staging:
-        (staging / "packager.json").write_text(content)
-        (staging / "inner").mkdir()
-        (staging / "inner" / "file").write_text(content)
-
-
-def test_a_folder_is_published_whole(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "bundle"
-    _publish(target, "one")
-    assert (target / "inner" / "file").read_text() == "one"
-    assert names(target.parent) == ["bundle"]
-    assert target.stat().st_mode & 0o777 == 0o755
-
-
-def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    with published_folder(target) as staging:
-        assert not target.exists()
-        assert staging.parent == tmp_path
-        assert staging.name.startswith(".")
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), published_folder(tmp_path / "bundle") as staging:  # noqa: PT012  both raise together
-        (staging / "half").write_text("")
-        raise error
-    assert names(tmp_path) == []
-
-
-def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    _publish(target, "old")
-    with pytest.raises(RuntimeError), published_folder(target, force=True) as staging:  # noqa: PT012  both raise together
-        (staging / "packager.json").write_text("new")
-        assert (target / "packager.json").read_text() == "old"
-        raise RuntimeError
-    assert (target / "packager.json").read_text() == "old"
-    assert names(tmp_path) == ["bundle"]
-
-
-def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    _publish(target, "old")
-    (target / "report.json").write_text("old")
-    _publish(target, "new", force=True)
-    assert (target / "packager.json").read_text() == "new"
-    assert not (target / "report.json").exists()
-    assert names(tmp_path) == ["bundle"]
-
-
-def test_an_existing_target_needs_force(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    _publish(target, "old")
-    with pytest.raises(ArtifactError) as caught:
-        _publish(target, "new")
-    assert str(caught.value) == f"{target} exists already: choose another name, or pass --force to replace it"
-    assert (target / "packager.json").read_text() == "old"
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "link", "broken link"])
-def test_force_does_not_replace_what_is_no_artefact(tmp_path: Path, kind: str) -> None:
-    target, precious = tmp_path / "target", tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    match kind:
-        case "folder":
-            precious.rename(target)
-        case "file":
-            target.write_text("years of work")
-        case "link":
-            target.symlink_to(precious)
-        case "broken link":
-            target.symlink_to(tmp_path / "nowhere")
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(ArtifactError) as caught:
-        _publish(target, "new", force=True)
-    assert (
-        str(caught.value)
-        == f"{target} is no map or bundle, so --force does not replace it: choose another name, or remove it yourself"
+def test_what_a_killed_writer_left_beside_a_file_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib; from packager.io import files\n"
+        "os.fsync = lambda handle: os._exit(9)\n"
+        "files.write_text(pathlib.Path(sys.argv[1]), 'half')"
     )
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
-
-
-def test_force_takes_an_empty_folder(tmp_path: Path) -> None:
-    (tmp_path / "bundle").mkdir()
-    _publish(tmp_path / "bundle", "new", force=True)
-    assert (tmp_path / "bundle" / "packager.json").read_text() == "new"
-
-
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_rename_that_fails_keeps_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    target = tmp_path / "bundle"
-    _publish(target, "old")
-    rename, calls = Path.rename, []
-
-    def refuse(self: Path, other: Path) -> Path:
-        calls.append(other)
-        if len(calls) == failing:
-            raise OSError(errno.EACCES, "refused")
-        return rename(self, other)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="refused"):
-        _publish(target, "new", force=True)
-    assert (target / "packager.json").read_text() == "old"
-    assert names(tmp_path) == ["bundle"]
-
-
-def test_an_old_folder_that_cannot_be_put_back_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "bundle"
-    _publish(target, "old")
-    rename, calls = Path.rename, []
-
-    def refuse(self: Path, other: Path) -> Path:
-        calls.append(other)
-        if len(calls) > 1:
-            raise OSError(errno.EACCES, "refused")
-        return rename(self, other)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="refused"):
-        _publish(target, "new", force=True)
-    (kept,) = tmp_path.glob(".bundle.retired-*/old/packager.json")
-    assert kept.read_text() == "old"
+    path = tmp_path / "plan.json"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".plan.json.writing-")
+    write_text(path, "whole")
+    assert names(tmp_path) == ["plan.json"]

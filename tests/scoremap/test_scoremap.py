@@ -114,7 +114,7 @@ def test_moves_out_of_order_are_refused(folder: Path) -> None:
     changed(folder, "moves", lambda moves: moves.__setitem__(slice(None), moves[::-1].copy()))
     assert message(folder) == (
         f"{folder / SCOREMAP_FILE}: its moves are not in the order of its losses: the file is damaged, score "
-        f"the model again"
+        "the model again"
     )
 
 

@@ -3,16 +3,19 @@ second."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import PICO
+from pico_families import FAMILIES
 from transformers import CONFIG_MAPPING, OlmoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packager.errors import UnsupportedModelError
-from packager.graph.skeleton import DRAWN_AS
-from packager.scoring.graph_check import LIMIT_ERROR, check_graph, reduced, thresholds
+from packager.graph.skeleton import DRAWN_AS, export_skeleton
+from packager.scoring.graph_check import LIMIT_ERROR, check_graph, random_model, reduced, thresholds
+from packager.source.checkpoint import vectors
 
 THETA = 10000.0
 KEPT = ("model_type", "rope_parameters", "architectures", "tie_word_embeddings")
@@ -20,7 +23,7 @@ TYPES = {name: kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() 
 
 
 def config_of(name: str, **changes: Any) -> PretrainedConfig:
-    kind, configure = PICO[name]
+    kind, configure = (PICO | FAMILIES)[name]
     base = configure()
     config: PretrainedConfig = base.__class__.from_dict(base.to_dict() | changes)
     config.architectures = [kind.__name__]
@@ -39,7 +42,7 @@ LONGROPE = {
 }
 GEMMA_4B = {"sliding_attention": rope("default"), "full_attention": rope("linear", factor=8.0)}
 RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in PICO},
+    **{name: (name, {}) for name in PICO | FAMILIES},
     "linear": ("llama", {"rope_parameters": rope("linear", factor=4.0)}),
     "dynamic": ("llama", {"rope_parameters": rope("dynamic", factor=4.0)}),
     "yarn": ("qwen2", {"rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=256)}),
@@ -103,6 +106,8 @@ def test_a_wrong_graph_is_refused() -> None:
 def test_an_architecture_that_is_drawn_as_another_computes_what_torch_does(name: str) -> None:
     default = CONFIG_MAPPING[TYPES[name]]().to_dict()
     shape = {key: value for key, value in PICO["llama"][1]().to_dict().items() if key not in KEPT}
+    # Kernels of rotary embedding take no less than 16 channels, which may be a quarter of a head.
+    shape |= {"num_attention_heads": 2, "head_dim": 64, "hidden_size": 128}
     config = CONFIG_MAPPING[TYPES[name]].from_dict(default | {"layer_types": None} | shape)
     config.architectures = [name]
     assert max(check_graph(config).errors.values()) < LIMIT_ERROR / 10
@@ -119,4 +124,40 @@ def test_the_reduced_model_keeps_one_layer_of_each_kind() -> None:
     config = config_of("gemma3", num_hidden_layers=8, layer_types=["sliding_attention"] * 5 + ["full_attention"] * 3)
     small = reduced(config)
     assert small.layer_types == ["sliding_attention", "full_attention"]
+    last = reduced(config_of("lfm2"))
+    assert last.layer_types == ["conv", "full_attention", "conv"], "the last layer's kind is last"
     assert (small.num_hidden_layers, small.hidden_size, small.head_dim) == (2, 64, 16)
+
+
+def test_a_layer_that_the_exporter_takes_for_the_head_is_refused() -> None:
+    config = config_of("lfm2")
+    config.architectures = ["Lfm2ForCausalLM"]
+    config.vocab_size = 3 * config.hidden_size
+    model = random_model(config)
+    with pytest.raises(
+        UnsupportedModelError, match=r"^layer model\.layers\.0\.conv\.in_proj of Lfm2ForCausalLM has 192"
+    ):
+        export_skeleton(config, dict(vectors(model)), "cpu", Path("never"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "granite hybrid",
+            {"layer_types": ["linear_attention"] * 2},
+            r"cannot draw Granite\w+, whose layers are of the",
+        ),
+        (
+            "llama",
+            {"hidden_size": "wide"},
+            r"^no small model like LlamaForCausalLM can be made to check its graph with",
+        ),
+    ],
+)
+def test_what_cannot_be_made_or_drawn_is_refused_in_words(name: str, changes: dict[str, Any], message: str) -> None:
+    config = config_of(name)
+    for key, value in changes.items():
+        object.__setattr__(config, key, value)
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_graph(config)

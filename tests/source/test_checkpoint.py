@@ -333,7 +333,8 @@ def test_a_tied_configuration_with_a_head_of_its_own_is_untied(pico_copy: Path, 
     assert torch.equal(model.lm_head.weight, own)  # type: ignore[union-attr, arg-type]
     assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])  # type: ignore[union-attr, arg-type]
     assert not model.config.tie_word_embeddings  # type: ignore[union-attr]
-    checkpoint.save_side_files(tmp_path / "out", config, checkpoint.tokenizer())
+    runtime_tokenizer = checkpoint.runtime_tokenizer(config, checkpoint.tokenizer())
+    checkpoint.save_side_files(tmp_path / "out", config, runtime_tokenizer)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 

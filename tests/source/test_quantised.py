@@ -135,7 +135,9 @@ def test_fp8_is_undone_exactly(
         assert torch.equal(found[name], value), name
     assert found["lm_head.weight"].data_ptr() == found["model.embed_tokens.weight"].data_ptr()
     assert next(checkpoint.load(torch.bfloat16).parameters()).dtype == torch.bfloat16
-    checkpoint.save_side_files(tmp_path / "out", checkpoint.config(), checkpoint.tokenizer())
+    config = checkpoint.config()
+    runtime_tokenizer = checkpoint.runtime_tokenizer(config, checkpoint.tokenizer())
+    checkpoint.save_side_files(tmp_path / "out", config, runtime_tokenizer)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert capfd.readouterr() == ("", "")
 

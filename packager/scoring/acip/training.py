@@ -208,7 +208,7 @@ class _Training:
             if not bool(torch.isfinite(loss)):
                 raise CalibrationError(
                     f"ACIP diverged at step {number}: the loss is {float(loss.detach())}; lower the adapter's rate or "
-                    f"give it more steps"
+                    "give it more steps"
                 )
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
         if self.stopped:

@@ -58,7 +58,7 @@ def group_curvature(bench: Bench, number: int, group: Sequence[Source]) -> dict[
         if not all(bool(torch.isfinite(matrix).all()) for pair in item.pairs for matrix in pair):
             raise CalibrationError(
                 f"{name}: its activations on the calibration text are not finite: the model overflows in float32 or "
-                f"the checkpoint is damaged"
+                "the checkpoint is damaged"
             )
     bench.work.save_curvature(number, curvature)
     return curvature

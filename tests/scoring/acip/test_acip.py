@@ -296,7 +296,7 @@ def test_a_target_below_what_adapters_alone_keep_is_an_error_with_the_minimum(ca
     least = kept_share([(source.unit.rows, source.unit.cols) for source in case.sources], [0] * len(case.sources), 2)
     assert str(caught.value) == (
         f"ACIP's stop ratio 0.05 cannot be reached: with no direction left, adapters of rank 2 alone keep {least:.3f} "
-        f"of the layers' elements; "
+        "of the layers' elements; "
         "give a stop ratio above that, or a smaller adapter"
     )
     check_reachable(
