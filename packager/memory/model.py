@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from packager.errors import ArtifactError
-from packager.forms.base import TableForm, TensorSpec
+from packager.forms.base import TableForm
 from packager.forms.kinds import KINDS, Kind
 from packager.forms.registry import Form
 from packager.memory.geometry import Geometry
@@ -85,16 +85,32 @@ class MemoryEstimate:
 
 
 def resident_bytes(
-    form: Form, rows: int, cols: int, *, kind: Kind, coefficients: MemoryCoefficients, context_tokens: int | None = None
+    form: Form,
+    rows: int,
+    cols: int,
+    *,
+    kind: Kind,
+    coefficients: MemoryCoefficients,
+    context_tokens: int | None = None,
+    named_rows: int | None = None,
 ) -> int:
     """Bytes that one weight unit of shape (rows, cols) occupies once it is loaded and `context_tokens` were seen.
 
     A matrix that is multiplied is repacked into memory of its own. One that is only looked up is mapped, and counts
     with the pages that the context's tokens touch: all of them where `context_tokens` is None. A tied unit is both.
+    Only its first `named_rows` can be looked up, where the tokenizer has no token for the others; all where None.
     """
     if kind not in KINDS:
         raise ArtifactError(f"kind {kind!r} is unknown: expected one of {', '.join(KINDS)}")
-    looked_up = looked_up_bytes(form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=context_tokens)
+    looked_up = looked_up_bytes(
+        form,
+        rows,
+        cols,
+        kind=kind,
+        coefficients=coefficients,
+        context_tokens=context_tokens,
+        named_rows=named_rows,
+    )
     if kind == "embedding":
         return looked_up
     repacked = form.heap_bytes(rows, cols, coefficients.packed_scale_copies)
@@ -102,14 +118,25 @@ def resident_bytes(
 
 
 def looked_up_bytes(
-    form: Form, rows: int, cols: int, *, kind: Kind, coefficients: MemoryCoefficients, context_tokens: int | None = None
+    form: Form,
+    rows: int,
+    cols: int,
+    *,
+    kind: Kind,
+    coefficients: MemoryCoefficients,
+    context_tokens: int | None = None,
+    named_rows: int | None = None,
 ) -> int:
     """The part of `resident_bytes` that is only touched as tokens come, not while the model loads."""
     if kind not in ("embedding", "tied"):
         return 0
     if not isinstance(form, TableForm):
         raise ArtifactError(f"form {form.label!r}: an embedding cannot be stored in factors")
-    return sum(_touched_bytes(spec, context_tokens, coefficients) for spec in form.tensors(rows, cols).values())
+    named = rows if named_rows is None else named_rows
+    return sum(
+        _touched_bytes(spec.bytes * named // rows, context_tokens, coefficients)
+        for spec in form.tensors(rows, cols).values()
+    )
 
 
 def estimate(
@@ -227,13 +254,13 @@ def _branched_layers(geometry: Geometry) -> int:
     return geometry.whole_cache_layers if geometry.cache_element_bytes == 1 else 0
 
 
-def _touched_bytes(table: TensorSpec, tokens: int | None, coefficients: MemoryCoefficients) -> int:
-    """Mapped bytes of `table` that a text of `tokens` tokens makes resident.
+def _touched_bytes(table_bytes: int, tokens: int | None, coefficients: MemoryCoefficients) -> int:
+    """Mapped bytes of a table of `table_bytes` that a text of `tokens` tokens makes resident.
 
     The text has `distinct` different tokens far enough apart to touch a window of pages each (a power law, as
     Heaps' for words); they fall into the table's windows at random, some into the same one.
     """
-    if tokens is None:
-        return table.bytes
+    if tokens is None or not table_bytes:
+        return table_bytes
     distinct = min(tokens, coefficients.distinct_factor * tokens**coefficients.distinct_exponent)
-    return int(table.bytes * -math.expm1(-distinct * coefficients.fault_bytes / table.bytes))
+    return int(table_bytes * -math.expm1(-distinct * coefficients.fault_bytes / table_bytes))

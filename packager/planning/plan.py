@@ -381,19 +381,25 @@ def _weigh(unit: Unit, form: Form, geometry: Geometry, profile: DeviceProfile, c
     """(resident bytes, those only looked up, file bytes of what is multiplied) of a unit in a form."""
     # A part of the vocabulary is looked up by its share of the tokens. What is only multiplied does not depend on them.
     tokens = -(-context * unit.rows // geometry.vocab) if unit.kind in ("embedding", "tied") else None
-    return _weighed(form, unit.rows, unit.cols, unit.kind, profile.coefficients, tokens)
+    # Rows beyond the tokenizer's entries have no token: nothing looks them up.
+    named = min(unit.rows, max(0, (geometry.tokenizer_entries or geometry.vocab) - unit.start))
+    return _weighed(form, unit.rows, unit.cols, unit.kind, profile.coefficients, tokens, named)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _weighed(
-    form: Form, rows: int, cols: int, kind: Kind, coefficients: MemoryCoefficients, tokens: int | None
+    form: Form, rows: int, cols: int, kind: Kind, coefficients: MemoryCoefficients, tokens: int | None, named: int
 ) -> tuple[int, int, int]:
     """As `_weigh` says. Kept, because layers share a few shapes, and caches and contexts share most of what they
     weigh."""
-    resident = resident_bytes(form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=tokens)
+    resident = resident_bytes(
+        form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=tokens, named_rows=named
+    )
     # The skeleton's nodes are in the geometry; what a form adds to them weighs too.
     resident += (form_nodes(form) - 1) * coefficients.session_bytes_per_node
-    looked_up = looked_up_bytes(form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=tokens)
+    looked_up = looked_up_bytes(
+        form, rows, cols, kind=kind, coefficients=coefficients, context_tokens=tokens, named_rows=named
+    )
     return resident, looked_up, 0 if kind == "embedding" else form_bytes(form, rows, cols)
 
 

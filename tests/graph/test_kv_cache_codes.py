@@ -26,6 +26,7 @@ from packager.graph.kv_cache_codes import LayerScales, cache_facts, quantise_cac
 from packager.graph.names import GRAPH_FILE as SKELETON_FILE
 from packager.planning.kv_cache_choice import offered
 from packager.planning.plan import Plan, Request, chosen
+from packager.planning.target import Target
 from packager.profile import DeviceProfile, parse_profile
 from packager.runtime.sessions import full_logits_session, run_window
 from packager.scoremap.folder import MapFolder
@@ -94,7 +95,7 @@ def test_a_long_prompt_in_chunks_an_answer_and_another_turn_are_torchs(
     import onnxruntime_genai as og
 
     loaded = open_map(maps(name))
-    plan = Request(profile=device, cache="int8").plan(loaded)
+    plan = Request(profile=device, cache="int8", target=Target(fill=True)).plan(loaded)
     assert (plan.cache, plan.prefix) == ("int8", 0)
     bundle = stage(Recipe(source=loaded, plan=plan, profile=device), tmp_path / "bundle")
     write_manifest(bundle)

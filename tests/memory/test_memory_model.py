@@ -294,3 +294,23 @@ def test_tied_is_head_and_embedding(form: Form, rows: int, cols: int, tokens: in
         resident(form, rows, cols, kind, context_tokens=tokens) for kind in ("head", "embedding", "tied")
     )
     assert tied == head + embedding
+
+
+def test_rows_without_a_token_are_never_looked_up() -> None:
+    """A table is made larger than its tokenizer for speed, or for tokens to come."""
+
+    def touched(named: int | None, tokens: int | None = 4096) -> int:
+        return looked_up_bytes(
+            parse_form("f32"),
+            65_536,
+            256,
+            kind="embedding",
+            coefficients=COEFFICIENTS,
+            context_tokens=tokens,
+            named_rows=named,
+        )
+
+    assert touched(None) == touched(65_536)
+    assert touched(0) == 0
+    assert touched(512, None) == 512 * 256 * 4
+    assert touched(512) <= 512 * 256 * 4 < touched(65_536)
