@@ -149,3 +149,9 @@ def test_odd_reference_files_are_refused(readers: dict[str, Reader], name: str, 
         assert refused(reader, path.read_bytes())
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize("text", ['[{"text": "one"}, ' + "9" * 5000 + "]", DEEP])
+def test_odd_calibration_texts_are_refused(readers: dict[str, Reader], text: str) -> None:
+    assert refused(readers["all.json"], text.encode())
+    assert refused(readers["all.json"], b'["\xff"]')
