@@ -8,7 +8,7 @@ from typing import Any
 
 from packager.errors import ArtifactError, UsageError
 from packager.io.files import read_json, sha256_file
-from packager.io.records import Count, Dimension, Positive, from_plain
+from packager.io.records import Count, Dimension, Positive, from_plain, shown
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
 from packager.scoremap.folder import IDENTITY_FILE, SCOREMAP_FILE, MapFolder
@@ -102,7 +102,7 @@ def read_identity(root: Path) -> MapIdentity:
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
+            f"{path} has schema {shown(data.get('schema'))}, this version reads {SCHEMA}: score the model again"
         )
     identity = MapIdentity.from_dict(data, str(path))
     found = sha256_file(folder.scoremap)

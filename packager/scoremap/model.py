@@ -20,7 +20,7 @@ from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, parse_form
 from packager.io.files import dump_json
 from packager.io.plain_json import strict_json
-from packager.io.records import Count, Dimension, from_plain
+from packager.io.records import Count, Dimension, from_plain, shown
 from packager.scoremap.folder import SCOREMAP_FILE, MapFolder
 
 SCHEMA = 2
@@ -176,7 +176,7 @@ def read_map(root: Path) -> ScoreMap:
             sizes, losses, moves = (file.get_tensor(name) for name in ("option_bytes", "option_loss_nats", "moves"))
         if described.get("schema") != SCHEMA:
             raise ArtifactError(
-                f"{path} has schema {described.get('schema')!r}, this version reads {SCHEMA}: score the model again"
+                f"{path} has schema {shown(described.get('schema'))}, this version reads {SCHEMA}: score the model again"
             )
         if unknown := sorted(set(described) - {"schema", "units"}):
             raise ValueError(f"key {unknown[0]!a} is unknown")

@@ -13,11 +13,12 @@ from typing import Any
 
 import onnx
 import pytest
+from signing import sign
 
 from packager.bundle.opening import open_bundle
 from packager.bundle.writer import Recipe, stage, write_manifest
 from packager.errors import ArtifactError
-from packager.io.files import dump_json, sha256_file, sha256_json
+from packager.io.files import sha256_file
 from packager.planning.plan import Request
 from packager.profile import load_profile
 from packager.runtime import device_check
@@ -39,18 +40,6 @@ def honest(maps: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def bundle(honest: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(honest, tmp_path / "b"))
-
-
-def sign(root: Path) -> None:
-    """All hashes and sums made right again, as someone would who changes a bundle on purpose."""
-    path = root / "packager.json"
-    manifest = json.loads(path.read_text())
-    for entry in manifest["files"]:
-        entry.update(bytes=(root / entry["path"]).stat().st_size, sha256=sha256_file(root / entry["path"]))
-    manifest["bundle_sha256"] = sha256_json(manifest["files"])
-    path.write_text(dump_json(manifest))
-    lines = [f"{entry['sha256']}  {entry['path']}\n" for entry in manifest["files"]]
-    (root / "SHA256SUMS").write_text("".join(lines) + f"{sha256_file(path)}  packager.json\n")
 
 
 def edited(path: Path, change: Callable[[Any], object]) -> None:

@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from readers import Reader, every_reader, refused
 from safetensors.numpy import load_file, save_file
 
 from packager.errors import PackagerError
 from packager.profile import load_profile
 from packager.scoremap.model import read_map
-from tests.property.conftest import Reader, refused
 
 HUGE, DEEP = "9" * 400, "[" * 3000 + "]" * 3000
+
+
+@pytest.fixture(scope="module")
+def readers(
+    tmp_path_factory: pytest.TempPathFactory, maps: Callable[[str], Path], picos: Callable[[str], Any]
+) -> dict[str, Reader]:
+    return every_reader(tmp_path_factory.mktemp("fuzz"), maps, picos)
 
 
 def put(*path: Any, value: str) -> Callable[[str], str]:
@@ -59,6 +66,8 @@ CASES: dict[str, tuple[str, Callable[[str], str]]] = {
     "no model": ("genai_config.json", put("model", value="{}")),
     "a deep configuration": ("genai_config.json", lambda text: DEEP),
     "a layer count of 5,000 digits": ("config.json", put("num_hidden_layers", value="9" * 5000)),
+    "a schema of endless words": ("plan.json", put("schema", value='"' + "x" * 100_000 + '"')),
+    "an architecture of half a character": ("config.json", put("architectures", value='["\\ud800"]')),
     "a deep vocabulary": ("generation_config.json", lambda text: DEEP),
 }
 

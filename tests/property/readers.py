@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from gguf import GGUFWriter
+from signing import sign
 
 from packager.bundle.opening import open_bundle
 from packager.bundle.writer import Recipe, stage, write_manifest
@@ -32,7 +32,6 @@ from packager.source.model_folder import read_config
 from packager.source.stop_tokens import generation_settings
 from packager.source.text_files import fragments
 from packager.validation.report import earlier_rounds
-from tests.bundle.test_hostile import sign
 
 MOST_SECONDS = 10.0
 """Of one case. Far more than any needs, for machines that others compute on are slow at random."""
@@ -115,11 +114,8 @@ def _report() -> str:
     return json.dumps({"bundle_sha256": "0" * 64, "rounds": [row, row]})
 
 
-@pytest.fixture(scope="session")
-def readers(
-    maps: Callable[[str], Path], picos: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Reader]:
-    base = tmp_path_factory.mktemp("fuzz")
+def every_reader(base: Path, maps: Callable[[str], Path], picos: Callable[[str], Any]) -> dict[str, Reader]:
+    """All readers by the name of what they read, over files that are made in folder `base`."""
     root, bundle, model = base / "m.map", base / "b.bundle", base / "model"
     shutil.copytree(maps("llama"), root)
     shutil.copytree(picos("llama").folder, model)
