@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, Callable[[str], str]]] = {
     "a layer count of 5,000 digits": ("config.json", put("num_hidden_layers", value="9" * 5000)),
     "a schema of endless words": ("plan.json", put("schema", value='"' + "x" * 100_000 + '"')),
     "an architecture of half a character": ("config.json", put("architectures", value='["\\ud800"]')),
+    "a model type of endless words": ("config.json", put("model_type", value='"' + "x" * 100_000 + '"')),
     "a deep vocabulary": ("generation_config.json", lambda text: DEEP),
 }
 
