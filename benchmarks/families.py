@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,13 +164,13 @@ def main() -> None:
         else:
             # One row for all that are told the same.
             said = re.sub(r"expected one of .*", "expected one of …", verdict.replace(architecture, "NAME"))
-            refused.setdefault(said.replace("|", "\\|"), []).append(model_type)
+            refused.setdefault(said, []).append(model_type)
     print("| model type | class | verdict |\n|---|---|---|")
     for model_type, architecture, verdict in works:
         print(f"| {model_type} | {architecture} | {verdict} |")
-    print("\n| refused with the words | model types |\n|---|---|")
+    print("\nRefused, with these words:\n")
     for said, types in sorted(refused.items(), key=lambda row: -len(row[1])):
-        print(f"| {said} | {', '.join(types)} |")
+        print(textwrap.fill(f"- {said}: {', '.join(types)}", 118, subsequent_indent="  ", break_on_hyphens=False))
     print(f"\n{len(works)} types work, {sum(len(types) for types in refused.values())} are refused.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import reprlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, get_type_hints
 
 from packager.errors import ProfileError, UsageError
-from packager.io.records import CONTROL, LARGEST
+from packager.io.records import CONTROL, LARGEST, shown
 from packager.sizes import parse_size
 
 AUTO: Final = "auto"
@@ -179,7 +178,7 @@ def _check(profile: DeviceProfile, where: str) -> None:
         raise ProfileError(f"{where}: runtime.kv_cache {profile.kv_cache!r}: expected one of {', '.join(KV_CACHES)}")
     if len(profile.bits) > 3 or any(type(bits) is not int or bits not in (2, 4, 8) for bits in profile.bits):
         raise ProfileError(
-            f"{where}: runtime.bits {_shown(list(profile.bits))}: expected some of 2, 4, 8 (none: float only)"
+            f"{where}: runtime.bits {shown(list(profile.bits))}: expected some of 2, 4, 8 (none: float only)"
         )
     if not 0 <= profile.accuracy_level <= 4:
         raise ProfileError(f"{where}: runtime.accuracy_level {profile.accuracy_level}: expected 0 to 4")
@@ -219,20 +218,12 @@ def _typed(section: dict[str, Any], key: str, kind: type, where: str, *, default
     if value is None:
         raise ProfileError(f"{where}: key {key!r} is missing")
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ProfileError(f"{where}: {key} is {_shown(value)}: expected {kind.__name__}")
+        raise ProfileError(f"{where}: {key} is {shown(value)}: expected {kind.__name__}")
     if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
-        raise ProfileError(f"{where}: {key} is {_shown(value)}: expected at most {LARGEST}")
+        raise ProfileError(f"{where}: {key} is {shown(value)}: expected at most {LARGEST}")
     if isinstance(value, str) and (found := CONTROL.search(value)) is not None:
         raise ProfileError(f"{where}: {key} holds the control character {found.group()!a}: expected text")
     return value
-
-
-def _shown(value: object) -> str:
-    """A value in an error, cut short: it may be deep, or have thousands of digits."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:
-        return f"a huge {type(value).__name__}"
 
 
 def _size(section: dict[str, Any], key: str, where: str, *, of_bytes: int | None) -> int:
@@ -256,9 +247,7 @@ def _coefficients(section: dict[str, Any], where: str) -> MemoryCoefficients:
                 or (kind is not str and not 0 <= value <= LARGEST)
                 or (kind is str and CONTROL.search(value) is not None)
             ):
-                raise ProfileError(
-                    f"{where}: memory.{key} is {_shown(value)}: expected a {kind.__name__}, not negative"
-                )
+                raise ProfileError(f"{where}: memory.{key} is {shown(value)}: expected a {kind.__name__}, not negative")
             values[key] = value
     if values.get("reuse_ratio", 0) > 1:
         raise ProfileError(f"{where}: memory.reuse_ratio is {values['reuse_ratio']}: expected a share, at most 1")

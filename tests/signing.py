@@ -1,4 +1,4 @@
-"""What a forger does last: hashes and sums made right again."""
+"""What someone does who changes a bundle on purpose."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from packager.bundle.folder import REQUIRED_ROLES
 from packager.errors import ArtifactError
 from packager.forms.registry import Form, form_bytes, parse_form
 from packager.io.files import require_distinct, sha256_json
-from packager.io.records import Amount, Count, Dimension, Positive, from_plain, without_none
+from packager.io.records import Amount, Count, Dimension, Positive, from_plain, shown, without_none
 from packager.planning.predicted_memory import PredictedMemory
 from packager.profile import PROVIDERS
 from packager.scoremap.identity import ModelIdentity
@@ -128,7 +128,7 @@ def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
     """The manifest in `data`, read from `where`, checked in itself: its files' hash, its units' bytes, its graph."""
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: build the bundle again"
+            f"{where} has schema {shown(data.get('schema'))}, this version reads {SCHEMA}: build the bundle again"
         )
     manifest = from_plain(Manifest, data, where)
     require_distinct([entry.path for entry in manifest.files], where)

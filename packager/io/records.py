@@ -58,7 +58,7 @@ def from_plain(kind: type[Record], data: Any, where: str) -> Record:
         raise ArtifactError(f"{where}: expected an object, found {type(data).__name__}")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - set(fields)):
-        raise ArtifactError(f"{where}: key {_shown(unknown[0])} is unknown: the file is damaged, or of another version")
+        raise ArtifactError(f"{where}: key {shown(unknown[0])} is unknown: the file is damaged, or of another version")
     hints = _hints(kind)  # type: ignore[arg-type]
     values = {}
     for name, field in fields.items():
@@ -80,7 +80,7 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in an error, cut short: it may be deep, or have millions of digits."""
     try:
         return reprlib.repr(value)
@@ -101,7 +101,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _value(next((kind for kind in kinds if type(value) is kind), kinds[0]), value, where)
     if origin is Literal:
         if isinstance(value, bool) or not isinstance(value, str | int) or value not in arguments:
-            raise ArtifactError(f"{where} is {_shown(value)}: expected one of {', '.join(map(str, arguments))}")
+            raise ArtifactError(f"{where} is {shown(value)}: expected one of {', '.join(map(str, arguments))}")
         return value
     if dataclasses.is_dataclass(hint):
         return from_plain(hint, value, where)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ArtifactError(f"{where}: expected an object, found {type(value).__name__}")
         return {
-            _scalar(str, key, f"{where}: a key", _ANY): _value(arguments[1], item, f"{where}[{_shown(key)}]")
+            _scalar(str, key, f"{where}: a key", _ANY): _value(arguments[1], item, f"{where}[{shown(key)}]")
             for key, item in value.items()
         }
     return _scalar(hint, value, where, _ANY)
@@ -127,9 +127,9 @@ def _scalar(kind: type[Any], value: Any, where: str, bound: Within | FreeText) -
     if kind is float and fits and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if not fits or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ArtifactError(f"{where} is {_shown(value)}: expected {kind.__name__}")
+        raise ArtifactError(f"{where} is {shown(value)}: expected {kind.__name__}")
     if numeric and isinstance(bound, Within) and not bound.least <= value <= bound.most:
-        raise ArtifactError(f"{where} is {_shown(value)}: expected {bound.least:g} to {bound.most:g}")
+        raise ArtifactError(f"{where} is {shown(value)}: expected {bound.least:g} to {bound.most:g}")
     if isinstance(value, str):
         _require_text(value, where, free=isinstance(bound, FreeText))
     return value

@@ -16,7 +16,7 @@ from packager.errors import ArtifactError, InfeasibleBudgetError, UsageError
 from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, form_nodes, has_kernels, parse_form
 from packager.io.files import read_json, sha256_json
-from packager.io.records import Amount, Count, Dimension, Positive, from_plain
+from packager.io.records import Amount, Count, Dimension, Positive, from_plain, shown
 from packager.memory.geometry import Geometry
 from packager.memory.model import MemoryEstimate, estimate, looked_up_bytes, resident_bytes
 from packager.planning import contexts, kv_cache_choice
@@ -89,7 +89,9 @@ class Plan:
     def from_dict(cls, data: dict[str, Any], where: str) -> Plan:
         """The plan in `data`, read from `where`; unknown and missing keys are errors."""
         if data.get("schema") != SCHEMA:
-            raise ArtifactError(f"{where} has schema {data.get('schema')!r}, this version reads {SCHEMA}: plan again")
+            raise ArtifactError(
+                f"{where} has schema {shown(data.get('schema'))}, this version reads {SCHEMA}: plan again"
+            )
         return from_plain(cls, data, where)
 
 

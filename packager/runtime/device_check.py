@@ -251,10 +251,11 @@ SimplifiedLayerNormalization Sin Size Slice Softmax Softplus Split Sqrt Squeeze 
 Trilu Unsqueeze Where Xor
 """
 RUNTIME_OPERATORS = """
-BiasGelu CausalConvWithState DequantizeLinear DynamicQuantizeMatMul FastGelu FusedConv FusedMatMul
-GatherBlockQuantized Gelu GemmaRotaryEmbedding GroupQueryAttention LinearAttention MatMulBnb4 MatMulIntegerToFloat
-MatMulNBits MoE MultiHeadAttention QMoE QuantizeLinear QuickGelu RotaryEmbedding SkipLayerNormalization
-SkipSimplifiedLayerNormalization SparseAttention
+BiasGelu CausalConvWithState DequantizeLinear DynamicQuantizeMatMul FastGelu FusedConv FusedMatMul GatedAdd
+GatedDeltaNet GatedRMSNorm GatherBlockQuantized Gelu GemmaRotaryEmbedding GroupQueryAttention LinearAttention
+LinearAttentionGate MRotaryEmbedding MatMulBnb4 MatMulIntegerToFloat MatMulNBits MoE MultiHeadAttention QMoE
+QuantizeLinear QuickGelu RotaryEmbedding SkipLayerNormalization SkipSimplifiedLayerNormalization SparseAttention
+VarlenCausalConvWithState
 """
 OPERATORS = {"": set(STANDARD_OPERATORS.split()), "com.microsoft": set(RUNTIME_OPERATORS.split())}
 OPERATORS["ai.onnx"] = OPERATORS[""]
@@ -351,13 +352,20 @@ def refuse_settings(root: Path, context_tokens: int, provider: str) -> None:
     for name, rules in (("tokenizer_module.json", MODULE_RULES), (TEXT_FILE, TEXT_RULES)):
         if (path := root / name).exists():
             refuse_unlisted(read_object(path), rules, str(path))
+    refuse_fetching(root)
+
+
+def refuse_fetching(root: Path) -> None:
+    """RefusedError where one of the configurations in folder `root` that transformers reads names code or weights."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         if (path := root / name).exists():
             refuse_code(read_object(path), str(path))
 
 
-def refuse_code(config: Any, where: str) -> None:
+def refuse_code(config: Any, where: str, depth: int = 0) -> None:
     """RefusedError where a configuration of transformers names code or weights that it would fetch."""
+    if depth > MOST_NESTING:
+        raise RefusedError(f"{where[:200]}…: nested more than {MOST_NESTING} deep: {NO_LOAD}")
     for key, value in config.items():
         fetched = key.endswith(("attn_implementation", "experts_implementation")) and not WORD[0](value or "none")
         if fetched or key in ("transformers_weights", "use_kernels"):
@@ -366,7 +374,7 @@ def refuse_code(config: Any, where: str) -> None:
             )
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, dict):
-                refuse_code(inner, f"{where}: {key}")
+                refuse_code(inner, f"{where}: {key[:80]}", depth + 1)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -473,12 +481,11 @@ def fields(data: memoryview, what: str) -> Iterator[tuple[int, Any]]:
             yield field, data[start:place]
 
 
-def refuse_graph(root: Path) -> None:
+def refuse_graph(where: Path) -> None:
     """RefusedError for a graph with operators that are not on the list, functions, or data outside the file beside it.
 
     Reads the file's own nesting: every field counts, where a parser might take the last of several.
     """
-    where = root / GRAPH
     try:
         content = where.read_bytes()
         if not 0 < len(content) <= GRAPH_BYTES:
@@ -541,7 +548,7 @@ def refuse_untrusted(root: Path, manifest: dict[str, Any]) -> None:
     """
     refuse_unsummed(root, manifest)
     refuse_settings(root, manifest["bounds"]["context_tokens"], str(manifest["bounds"].get("provider")))
-    refuse_graph(root)
+    refuse_graph(root / GRAPH)
 
 
 def row(name: str, value: object, limit: object, unit: str, passed: bool) -> dict[str, Any]:

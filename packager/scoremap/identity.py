@@ -8,7 +8,7 @@ from typing import Any
 
 from packager.errors import ArtifactError, UsageError
 from packager.io.files import read_json, require_distinct, sha256_file
-from packager.io.records import Count, Dimension, Positive, from_plain
+from packager.io.records import Count, Dimension, Positive, from_plain, shown
 from packager.memory.geometry import Geometry
 from packager.scoremap.anchors import Anchor
 from packager.scoremap.folder import IDENTITY_FILE, SCOREMAP_FILE, MapFolder
@@ -109,7 +109,7 @@ def read_identity(root: Path) -> MapIdentity:
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}: score the model again"
+            f"{path} has schema {shown(data.get('schema'))}, this version reads {SCHEMA}: score the model again"
         )
     identity = MapIdentity.from_dict(data, str(path))
     require_distinct(identity.files, str(path))

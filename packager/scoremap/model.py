@@ -20,7 +20,7 @@ from packager.forms.kinds import Kind
 from packager.forms.registry import Form, form_bytes, parse_form
 from packager.io.files import dump_json
 from packager.io.plain_json import strict_json
-from packager.io.records import Count, Dimension, from_plain
+from packager.io.records import Count, Dimension, from_plain, shown
 from packager.scoremap.folder import SCOREMAP_FILE, MapFolder
 
 SCHEMA = 2
@@ -175,9 +175,8 @@ def read_map(root: Path) -> ScoreMap:
             described = strict_json((file.metadata() or {})[_METADATA_KEY])
             sizes, losses, moves = (file.get_tensor(name) for name in ("option_bytes", "option_loss_nats", "moves"))
         if described.get("schema") != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {described.get('schema')!r}, this version reads {SCHEMA}: score the model again"
-            )
+            found = shown(described.get("schema"))
+            raise ArtifactError(f"{path} has schema {found}, this version reads {SCHEMA}: score the model again")
         if unknown := sorted(set(described) - {"schema", "units"}):
             raise ValueError(f"key {unknown[0]!a} is unknown")
         entries = [dict(entry) for entry in described["units"]]

@@ -9,8 +9,17 @@ from packager.errors import ArtifactError
 from packager.io.files import inner_path, refuse_stray_links, sha256_file
 from packager.memory.geometry import Geometry
 from packager.profile import FLOAT, INT8
+from packager.runtime.device_check import (
+    GENAI_RULES,
+    GRAPH,
+    RefusedError,
+    read_object,
+    refuse_fetching,
+    refuse_graph,
+    refuse_unlisted,
+)
 from packager.scoremap.anchors import Anchor, monotone
-from packager.scoremap.folder import IDENTITY_FILE, STORE_FILE, MapFolder
+from packager.scoremap.folder import IDENTITY_FILE, STORE_FILE, MapFolder, Skeleton
 from packager.scoremap.identity import MapIdentity, read_identity
 from packager.scoremap.model import ScoreMap, read_map
 
@@ -44,7 +53,8 @@ class OpenedMap:
         return sha256_file(self.folder.identity)
 
     def check_files(self) -> None:
-        """ArtifactError unless every file of the map but the store has the hash that `map.json` names.
+        """ArtifactError unless every file of the map but the store has the hash that `map.json` names, no other would
+        go into a bundle, and its graphs ask for no more than a bundle's may.
 
         The store's tensors are checked as they are copied, for hashing all of it would cost more than building.
         """
@@ -58,6 +68,24 @@ class OpenedMap:
                     f"{path} is not the file that {IDENTITY_FILE} names: it was altered or damaged, score the model "
                     "again"
                 )
+        for path in self.folder.side_files():
+            if path.relative_to(self.folder.root).as_posix() not in self.identity.files:
+                raise ArtifactError(f"{path} is not a file that {IDENTITY_FILE} names: take it away")
+        try:
+            refuse_fetching(self.folder.side_folder)
+            for folder in sorted(self.folder.skeletons.iterdir()):
+                _refuse_hostile(self.folder.skeleton(folder.name))
+        except RefusedError as error:
+            raise ArtifactError(str(error)) from None
+
+
+def _refuse_hostile(skeleton: Skeleton) -> None:
+    """RefusedError for a graph or a runtime's configuration that no bundle may have: one is made of them."""
+    refuse_graph(skeleton.graph)
+    config = read_object(skeleton.genai_config)
+    if isinstance(model := config.get("model"), dict) and isinstance(decoder := model.get("decoder"), dict):
+        decoder["filename"] = GRAPH  # a bundle's own stands in place of the exporter's
+    refuse_unlisted(config, GENAI_RULES, str(skeleton.genai_config))
 
 
 def open_map(root: Path) -> OpenedMap:

@@ -208,4 +208,5 @@ def _class_for(model_type: str, table: str) -> str:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    """A name in a configuration; no class has one that is longer than what is left here."""
+    return value[:200] if isinstance(value, str) else ""

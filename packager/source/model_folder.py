@@ -98,6 +98,8 @@ def _object(path: Path, advice: str) -> dict[str, Any]:
     require_readable(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
+        # Half of a character, spelled as an escape, can be shown to nobody.
+        json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ModelError(
             f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}): {advice}"

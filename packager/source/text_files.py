@@ -254,13 +254,13 @@ def _json(file: IO[bytes], path: Path, render: Render) -> Iterator[str]:
         )
     try:
         value = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         first, _, rest = content.partition(b"\n")
         if rest.strip() and _is_object(first):  # JSON lines under the name of JSON
             yield from _json_lines(io.BytesIO(content), path, render)
             return
         where = f", line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(getattr(error, "msg", error))[:200]
         raise CalibrationError(f"{path}{where}: not JSON ({reason})") from None
     records, place = value, ""
     if isinstance(value, dict) and not any(field in value for field in FIELDS):

@@ -105,6 +105,10 @@ _STEPS: dict[str, Callable[[Check], str]] = {
     "files whose size or SHA-256": _said(f"a file was altered or damaged, build it again: {_BUILD}"),
     "texts that the tokenizer": _TOKENIZER,
     "stop tokens that do not stop": _said(f"take the stop tokens from the model again: {_SCORE}, then {_BUILD}"),
+    "what keeps the chat template": _said(
+        "correct the chat_template of the model, which is beside its tokenizer, and take it from there again: "
+        f"{_SCORE}, then {_BUILD}"
+    ),
     "KL divergence of the next-token": _GOLDEN,
     "prompts whose greedy tokens": _GOLDEN,
     "largest logit difference": _GOLDEN,

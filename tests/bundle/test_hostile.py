@@ -18,6 +18,7 @@ from signing import sign
 from packager.bundle.opening import open_bundle
 from packager.bundle.writer import Recipe, stage, write_manifest
 from packager.errors import ArtifactError
+from packager.io.files import sha256_file
 from packager.planning.plan import Request
 from packager.profile import load_profile
 from packager.runtime import device_check
@@ -381,3 +382,34 @@ def test_a_template_that_loops_does_not_hang_the_device_check(bundle: Path, monk
     text, reason = device_check.rendered_chat(bundle, "Hello")
     assert text is None
     assert reason == "took longer than 3 s and was stopped" or "alloc" in reason
+
+
+def _rehashed(root: Path, name: str) -> None:
+    edited(root / "map.json", lambda identity: identity["files"].update({name: sha256_file(root / name)}))
+
+
+def map_refusal(root: Path) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        open_map(root).check_files()
+    return str(caught.value).replace(f"{root}/", "")
+
+
+def test_a_map_brings_nothing_hostile_into_a_bundle(maps: Callable[[str], Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(maps("llama"), tmp_path / "m.map"))
+    (root / "model" / "evil.so").write_text("x")
+    assert map_refusal(root) == "model/evil.so is not a file that map.json names: take it away"
+    (root / "model" / "evil.so").unlink()
+    config, graph = "skeleton/cpu/genai_config.json", "skeleton/cpu/graph.onnx"
+    kept = (root / config).read_bytes()
+    edited(root / config, lambda value: _options(value).update(custom_ops_library="x.so"))
+    _rehashed(root, config)
+    words = "model: decoder: session_options: 'custom_ops_library' is no setting that a bundle may have"
+    assert map_refusal(root) == f"{config}: {words}: nothing of it was loaded"
+    (root / config).write_bytes(kept)
+    _rehashed(root, config)
+    open_map(root).check_files()
+    model = onnx.load(root / graph, load_external_data=False)
+    _constant(model)
+    (root / graph).write_bytes(model.SerializeToString())
+    _rehashed(root, graph)
+    assert map_refusal(root).startswith(f"{graph} takes data from '/etc/passwd'")

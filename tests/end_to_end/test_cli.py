@@ -1002,9 +1002,9 @@ def test_what_cannot_be_kept_of_a_validation_is_said_and_the_verdict_stands(
     monkeypatch.setattr(packager.validation.report_page, "write_text", read_only)
     done = packager_("validate", bundle_copy, "--json")
     assert done.json["passed"] is (done.code == 0)
-    last = done.err.splitlines()[-1]
-    assert last.startswith("packager: warning: the report is not kept: cannot write ")
-    assert "that file system is read-only" in last
+    beginning = "packager: warning: the report is not kept: cannot write "
+    (said,) = (line for line in done.err.splitlines() if line.startswith(beginning))
+    assert "that file system is read-only" in said
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])

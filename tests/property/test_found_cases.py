@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from all_readers import Reader, refused
-from all_readers import readers as readers  # a fixture
+from readers import Reader, every_reader, refused
 from safetensors.numpy import load_file, save_file
 
 from packager.errors import PackagerError
@@ -18,6 +17,13 @@ from packager.profile import load_profile
 from packager.scoremap.model import read_map
 
 HUGE, DEEP = "9" * 400, "[" * 3000 + "]" * 3000
+
+
+@pytest.fixture(scope="module")
+def readers(
+    tmp_path_factory: pytest.TempPathFactory, maps: Callable[[str], Path], picos: Callable[[str], Any]
+) -> dict[str, Reader]:
+    return every_reader(tmp_path_factory.mktemp("fuzz"), maps, picos)
 
 
 def put(*path: Any, value: str) -> Callable[[str], str]:
@@ -60,6 +66,9 @@ CASES: dict[str, tuple[str, Callable[[str], str]]] = {
     "no model": ("genai_config.json", put("model", value="{}")),
     "a deep configuration": ("genai_config.json", lambda text: DEEP),
     "a layer count of 5,000 digits": ("config.json", put("num_hidden_layers", value="9" * 5000)),
+    "a schema of endless words": ("plan.json", put("schema", value='"' + "x" * 100_000 + '"')),
+    "an architecture of half a character": ("config.json", put("architectures", value='["\\ud800"]')),
+    "a model type of endless words": ("config.json", put("model_type", value='"' + "x" * 100_000 + '"')),
     "a deep vocabulary": ("generation_config.json", lambda text: DEEP),
 }
 
@@ -150,3 +159,9 @@ def test_odd_reference_files_are_refused(readers: dict[str, Reader], name: str, 
         assert refused(reader, path.read_bytes())
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize("text", ['[{"text": "one"}, ' + "9" * 5000 + "]", DEEP])
+def test_odd_calibration_texts_are_refused(readers: dict[str, Reader], text: str) -> None:
+    assert refused(readers["all.json"], text.encode())
+    assert refused(readers["all.json"], b'["\xff"]')

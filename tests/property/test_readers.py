@@ -9,16 +9,27 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from all_readers import Reader, refused
-from all_readers import readers as readers  # a fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import damaged
+from readers import Reader, every_reader, refused
 
 CASES = int(os.environ.get("FUZZ_CASES", "500"))
 COUNTS: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module")
+def readers(
+    tmp_path_factory: pytest.TempPathFactory, maps: Callable[[str], Path], picos: Callable[[str], Any]
+) -> dict[str, Reader]:
+    return every_reader(tmp_path_factory.mktemp("fuzz"), maps, picos)
+
+
 NAMES = (
     "map.json", "scoremap.safetensors", "store.json", "store.safetensors", "reference.safetensors", "plan.json",
     "signed plan.json", "packager.json", "signed packager.json", "SHA256SUMS", "signed genai_config.json",

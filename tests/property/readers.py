@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from gguf import GGUFWriter
 from signing import sign
 
@@ -115,11 +114,8 @@ def _report() -> str:
     return json.dumps({"bundle_sha256": "0" * 64, "rounds": [row, row]})
 
 
-@pytest.fixture(scope="session")
-def readers(
-    maps: Callable[[str], Path], picos: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Reader]:
-    base = tmp_path_factory.mktemp("fuzz")
+def every_reader(base: Path, maps: Callable[[str], Path], picos: Callable[[str], Any]) -> dict[str, Reader]:
+    """All readers by the name of what they read, over files that are made in folder `base`."""
     root, bundle, model = base / "m.map", base / "b.bundle", base / "model"
     shutil.copytree(maps("llama"), root)
     shutil.copytree(picos("llama").folder, model)
