@@ -272,7 +272,7 @@ def test_the_same_weights_at_a_shorter_context_are_another_round(
         loaded,
         weightless,
         0.5,
-        lambda number, plan: plan.budget_bytes + 1 if number == 1 else int(0.98 * plan.budget_bytes),
+        lambda number, plan: plan.budget_bytes + 1 if number == 1 else int(0.985 * plan.budget_bytes),
     )
     monkeypatch.setattr(
         pipeline,
